@@ -1,0 +1,187 @@
+"""healthcheck.py against real servers: those that answer, answer badly, or do not."""
+
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from waitress.adjustments import Adjustments
+
+from healthcheck import address
+from serve import waitress_settings
+from tests.support import ROOT, listening, server
+
+
+def probe(**environ: str) -> subprocess.CompletedProcess:
+    """Run the probe as the image does, with nothing but these variables."""
+    command = [sys.executable, "-IS", ROOT / "healthcheck.py"]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+
+
+@contextmanager
+def answering(answer: bytes, pause: float = 0, family: int = socket.AF_INET, host: str = "127.0.0.1") -> Iterator[int]:
+    """Listen, send `answer` to whoever asks, byte by byte where there is a `pause` in seconds; yield the port."""
+    done = threading.Event()
+
+    def serve() -> None:
+        while not done.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(1000)
+                try:
+                    for piece in [answer[i : i + 1] for i in range(len(answer))] if pause else [answer]:
+                        connection.sendall(piece)
+                        done.wait(pause)
+                except OSError:  # the probe has given up
+                    continue
+
+    with socket.create_server((host, 0), family=family) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        done.set()
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 \r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\ncut off",
+    ],
+)
+def test_healthy(answer: bytes) -> None:
+    """Status 200 is healthy: exit code 0 and nothing to say."""
+    with answering(answer) as port:
+        done = probe(WAITRESS_PORT=str(port))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"HTTP/1.1 301 Moved Permanently\r\nLocation: /\r\n\r\n", id="redirect"),
+        pytest.param(b"HTTP/1.1 204 No Content\r\n\r\n", id="another success"),
+        pytest.param(b"HTTP/1.1 404 Not Found\r\n\r\n", id="not found"),
+        pytest.param(b"HTTP/1.1 500 Internal Server Error\r\n\r\n", id="crash"),
+        pytest.param(b"HTTP/1.1 503 Service Unavailable\r\n\r\n", id="draining"),
+        pytest.param(b"HTTP/1.1 2000 OK\r\n\r\n", id="not a status"),
+        pytest.param(b"HTTP/2 200\r\n\r\n", id="another protocol"),
+        pytest.param(b"200 OK\r\n\r\n", id="no protocol"),
+        pytest.param(b"\x15\x03\x01\x00\x02\x02\x46\r\n", id="TLS alert"),
+        pytest.param(b"\xff\xfe\x1b[31mHTTP/1.1 200 OK\r\n", id="garbage before the status"),
+        pytest.param(b"HTTP/1.1 200 OK", id="cut off"),
+        pytest.param(b"x" * 100_000, id="no end"),
+        pytest.param(b"", id="nothing"),
+    ],
+)
+def test_unhealthy(answer: bytes) -> None:
+    """Anything else is unhealthy: exit code 1 and one printable line that says what came."""
+    with answering(answer) as port:
+        done = probe(WAITRESS_PORT=str(port))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("unhealthy: ")
+    assert done.stdout.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize(
+    ("answer", "pause"),
+    [pytest.param(b"", 30, id="silence"), pytest.param(b"HTTP/1.1 200 OK" * 10, 0.25, id="a byte at a time")],
+)
+def test_timeout(answer: bytes, pause: float) -> None:
+    """A server that takes too long, however it does it, is unhealthy."""
+    with answering(answer or b"H", pause) as port:
+        done = probe(WAITRESS_PORT=str(port))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "unhealthy: timed out\n", "")
+
+
+def test_refused() -> None:
+    """A port on which nothing listens is unhealthy."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    done = probe(WAITRESS_PORT=str(port))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "refused" in done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder with an application that is healthy."""
+    (tmp_path / "app.py").write_text(
+        "def app(environ, start_response):\n"
+        "    ok = environ['PATH_INFO'] == '/health'\n"
+        "    start_response('200 OK' if ok else '404 Not Found', [])\n"
+        "    return []\n"
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that is free on IPv4 and IPv6."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PORT": "{port}"},
+        {"PORT": "{port}", "HOST": "127.0.0.1"},
+        {"PORT": "{port}", "HOST": "0.0.0.0"},
+        {"PORT": "{port}", "HOST": "[::1]"},
+        {"PORT": "{port}", "HOST": "::"},
+        {"PORT": "{port}", "HOST": "localhost"},
+        {"PORT": "{port}", "IPV4": "no"},
+        {"LISTEN": "*:{port}"},
+        {"LISTEN": "127.0.0.1:{port}"},
+        {"LISTEN": "[::1]:{port}"},
+        {"LISTEN": "[::]:{port}"},
+        {"LISTEN": "localhost:{port} 127.0.0.2:{port}"},
+        {"UNIX_SOCKET": "{folder}/socket"},
+    ],
+    ids=lambda variables: " ".join(map("=".join, variables.items())),
+)
+def test_follows_the_server(folder: pathlib.Path, port: int, variables: dict[str, str]) -> None:
+    """By the same variables as serve.py the probe finds it: healthy while it runs, unhealthy when it is gone."""
+    environ = {f"WAITRESS_{name}": value.format(port=port, folder=folder) for name, value in variables.items()}
+    with server(folder, **environ) as process:
+        listening(process)
+        done = probe(**environ)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        assert probe(**environ).returncode == 1
+
+
+@pytest.mark.parametrize(("listen", "host", "port"), [("*", "*", "8080"), ("[::1]", "::1", "8080"), ("h", "h", "8080")])
+def test_listen_without_a_port(listen: str, host: str, port: str) -> None:
+    """An address without a port is on the port that waitress then takes, its own default."""
+    assert address({"WAITRESS_LISTEN": listen}) == (host, port)
+    assert Adjustments(listen="127.0.0.1").listen[0][3][1] == int(port)
+
+
+def test_default_port() -> None:
+    """Where nothing is set, it is the port that serve.py then takes."""
+    settings = waitress_settings({})
+    assert address({}) == (settings["host"], settings["port"])
+
+
+def test_starts_light() -> None:
+    """The probe imports nothing from site-packages, and no HTTP, TLS or e-mail parser of the standard library."""
+    code = "import sys, healthcheck; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"http", "ssl", "email", "logging", "asyncio", "re"}.isdisjoint(modules)

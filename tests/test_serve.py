@@ -1,0 +1,282 @@
+"""serve.py as a process: what it listens on, how it ends, what it says of a variable that is wrong."""
+
+import ctypes
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from waitress.adjustments import Adjustments
+
+from serve import RANGES, READERS, waitress_settings
+from tests.support import get, listening, server
+
+APPLICATION = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [environ["PATH_INFO"].encode("latin-1")]
+
+def fails(environ, start_response):
+    raise RuntimeError("secret")
+
+class Group:
+    inner = staticmethod(app)
+
+text = "not callable"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder with applications: of its own, because serve.py takes any."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    (tmp_path / "broken.py").write_text("import os\n\n\nos.environ['NOT_SET']\n")
+    (tmp_path / "needs.py").write_text("import not_installed\n")
+    (tmp_path / "typo.py").write_text("def app(:\n")
+    (tmp_path / "lines.py").write_text("raise ValueError('one\\ntwo')\n")
+    return tmp_path
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which somebody else listens."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """Return the exit code and what was written to standard error, once the process has ended."""
+    _, errors = process.communicate(timeout=30)
+    return process.returncode, errors
+
+
+def test_serves_without_a_banner(folder: pathlib.Path) -> None:
+    """The application answers, with nothing in the headers of what serves it."""
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as process:
+        [url] = listening(process)
+        assert get(url + "/here") == (200, "/here")
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, port), 10) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            headers = connection.makefile("rb").read().lower()
+    assert b"server:" not in headers
+    assert b"waitress" not in headers
+
+
+@pytest.mark.parametrize(
+    ("environ", "hosts"),
+    [
+        ({"WAITRESS_PORT": "0"}, ["127.0.0.1", "[::1]"]),
+        ({"WAITRESS_LISTEN": "*:0"}, ["127.0.0.1", "[::1]"]),
+        ({"WAITRESS_LISTEN": "127.0.0.1:0 [::1]:0"}, ["127.0.0.1", "[::1]"]),
+        ({"WAITRESS_HOST": "127.0.0.1", "WAITRESS_PORT": "0"}, ["127.0.0.1"]),
+        ({"WAITRESS_LISTEN": "[::1]:0"}, ["[::1]"]),
+        ({"WAITRESS_PORT": "0", "WAITRESS_IPV6": "no"}, ["127.0.0.1"]),
+        ({"WAITRESS_PORT": "0", "WAITRESS_IPV4": "FALSE"}, ["[::1]"]),
+    ],
+    ids=lambda value: " ".join(map("=".join, value.items())) if isinstance(value, dict) else "",
+)
+def test_listens(folder: pathlib.Path, environ: dict[str, str], hosts: list[str]) -> None:
+    """It listens on IPv4 and IPv6 unless told to do otherwise, and logs an address of each as one can use it."""
+    with server(folder, **environ) as process:
+        urls = listening(process, addresses=len(hosts))
+        for url, host in zip(urls, hosts, strict=True):
+            port = url.rpartition(":")[2]
+            assert get(f"http://{host}:{port}/") == (200, "/")
+
+
+def test_listens_on_port_5000_by_default() -> None:
+    """Where nothing is set it is port 5000 of every address: what the image exposes and the probe asks."""
+    settings = waitress_settings({})
+    assert (settings["host"], settings["port"]) == ("*", "5000")
+
+
+def test_listens_on_a_unix_socket(folder: pathlib.Path) -> None:
+    """WAITRESS_UNIX_SOCKET takes the place of addresses, with the permissions asked for."""
+    path = folder / "socket"
+    with server(folder, WAITRESS_UNIX_SOCKET=str(path), WAITRESS_UNIX_SOCKET_PERMS="660") as process:
+        assert listening(process) == [f"unix:{path}"]
+        assert path.stat().st_mode & 0o777 == 0o660
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ends_on_a_signal(folder: pathlib.Path, number: signal.Signals) -> None:
+    """SIGTERM and SIGINT end an idle server with exit code 0 and no complaint, keep-alive connection or not."""
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as process:
+        [url] = listening(process)
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, port), 10) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            process.send_signal(number)
+            assert ended(process) == (0, "")
+
+
+def test_ends_on_sigint_as_a_background_job(folder: pathlib.Path) -> None:
+    """SIGINT works where a shell has started the server in the background, that is with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child process inherits
+    try:
+        with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as process:
+            signal.signal(signal.SIGINT, before)
+            listening(process)
+            process.send_signal(signal.SIGINT)
+            assert ended(process) == (0, "")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals to one thread are sent as on Linux")
+def test_ends_at_once_whenever_the_signal_comes(folder: pathlib.Path) -> None:
+    """A signal that does not interrupt select() ends it all the same, not only when select() times out."""
+    # Such a signal comes just before select(); or, as here, to another thread: to be seen in the main thread's turn.
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", WAITRESS_ASYNCORE_LOOP_TIMEOUT="600") as process:
+        listening(process)
+        threads = [int(task.name) for task in pathlib.Path(f"/proc/{process.pid}/task").iterdir()]
+        assert ctypes.CDLL(None).tgkill(process.pid, max(threads), signal.SIGTERM) == 0
+        assert max(threads) != process.pid
+        assert ended(process) == (0, "")
+
+
+def test_application_by_name(folder: pathlib.Path) -> None:
+    """APP names the application as module:attribute, with dots in either."""
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP="app:Group.inner") as process:
+        assert get(listening(process)[0] + "/here") == (200, "/here")
+
+
+def test_crash_tells_the_client_nothing(folder: pathlib.Path) -> None:
+    """An application that raises is answered 500 without its traceback; the log has it; the server goes on."""
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP="app:fails") as process:
+        [url] = listening(process)
+        for _ in range(2):
+            status, body = get(url + "/")
+            assert status == 500
+            assert "secret" not in body
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[1].count("RuntimeError: secret") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "takes module:attribute, such as app:app"),
+        ("app", "takes module:attribute, such as app:app"),
+        (":app", "takes module:attribute, such as app:app"),
+        ("app:", "takes module:attribute, such as app:app"),
+        ("nowhere:app", "No module named 'nowhere'"),
+        ("app:nothing", "has no attribute 'nothing'"),
+        ("app:text", "is of type str, not a WSGI application"),
+        ("app:app()", "ValueError"),
+        ("../app:app", "ValueError"),
+        ("needs:app", "No module named 'not_installed'"),
+        ("broken:app", "broken.py, line 4)"),
+        ("broken:app", "KeyError: 'NOT_SET'"),
+        ("typo:app", "SyntaxError"),
+        ("lines:app", "ValueError: one two"),
+    ],
+)
+def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> None:
+    """An APP that is none ends the start with exit code 2 and one line that says what is wrong with it."""
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP=name) as process:
+        code, errors = ended(process)
+    assert code == 2
+    assert errors.startswith(f"serve: APP={name!r}: ")
+    assert problem in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("THREADS", "", "takes a whole number from 1 to 2147483647"),
+        ("THREADS", "0", "takes a whole number from 1 to 2147483647"),
+        ("THREADS", "-1", "takes a whole number from 1 to 2147483647"),
+        ("THREADS", "4.0", "takes a whole number from 1 to 2147483647"),
+        ("THREADS", "1_0", "takes a whole number from 1 to 2147483647"),
+        ("THREADS", "²", "takes a whole number from 1 to 2147483647"),
+        ("THREADS", "9" * 5000, "takes a whole number from 1 to 2147483647"),
+        ("PORT", "http", "takes a whole number from 0 to 65535"),
+        ("PORT", "65536", "takes a whole number from 0 to 65535"),
+        ("CONNECTION_LIMIT", "5", "takes a whole number from 6 to 2147483647"),
+        ("CHANNEL_TIMEOUT", "2min", "takes a whole number from 1 to 2147483647"),
+        ("IPV6", "ture", "takes true or false"),
+        ("EXPOSE_TRACEBACKS", "", "takes true or false"),
+        ("UNIX_SOCKET_PERMS", "rw", "takes permissions as octal digits, such as 660"),
+        ("UNIX_SOCKET_PERMS", "680", "takes permissions as octal digits, such as 660"),
+        ("UNIX_SOCKET", "", "takes a path"),
+        ("LISTEN", "", "takes addresses such as *:5000, with ports from 0 to 65535"),
+        ("LISTEN", "*:5000 *:70000", "takes addresses such as *:5000, with ports from 0 to 65535"),
+        ("LISTEN", "*:nonsense", "Invalid host/port"),
+        ("LISTEN", "no.such.host.invalid:5000", "Invalid host/port"),
+        ("TRUSTED_PROXY_COUNT", "1", "no meaning without setting trusted_proxy"),
+        ("TREADS", "8", "waitress has no such setting; did you mean WAITRESS_THREADS?"),
+        ("threads", "8", "waitress has no such setting; did you mean WAITRESS_THREADS?"),
+        ("SOCKETS", "3", "waitress has no such setting"),
+        ("", "8", "waitress has no such setting"),
+    ],
+)
+def test_wrong_setting(folder: pathlib.Path, variable: str, value: str, problem: str) -> None:
+    """A setting that waitress has not or cannot use ends the start with exit code 2 and one line that names it."""
+    with server(folder, **{f"WAITRESS_{variable}": value}) as process:
+        code, errors = ended(process)
+    assert code == 2
+    assert errors.startswith(f"serve: WAITRESS_{variable}={value!r}: ")
+    assert problem in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"WAITRESS_LISTEN": "*:5000", "WAITRESS_PORT": "5000"}, "WAITRESS_LISTEN"),
+        ({"WAITRESS_LISTEN": "*:5000", "WAITRESS_UNIX_SOCKET": "/tmp/s"}, "WAITRESS_LISTEN"),
+        ({"WAITRESS_HOST": "127.0.0.1", "WAITRESS_IPV4": "no"}, "WAITRESS_HOST"),
+        ({"WAITRESS_THREADS": "8", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}, "WAITRESS_TRUSTED_PROXY_COUNT"),
+        ({"WAITRESS_LISTEN": "*:x", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}, "WAITRESS_*"),
+        (
+            {"WAITRESS_TRUSTED_PROXY": "*", "WAITRESS_TRUSTED_PROXY_HEADERS": "x-real-ip"},
+            "WAITRESS_TRUSTED_PROXY_HEADERS",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other(folder: pathlib.Path, environ: dict[str, str], named: str) -> None:
+    """Settings that waitress does not take together end the start as a wrong one does; one to blame is named."""
+    with server(folder, **environ) as process:
+        code, errors = ended(process)
+    assert code == 2
+    assert errors.startswith(f"serve: {named}=")
+    assert errors.count("\n") == 1
+
+
+def test_taken_port(folder: pathlib.Path, taken: int) -> None:
+    """A port that is taken ends the start with exit code 1 and one line that names it."""
+    with server(folder, WAITRESS_LISTEN=f"127.0.0.1:{taken}") as process:
+        assert ended(process) == (1, f"serve: cannot listen on 127.0.0.1:{taken}: Address already in use\n")
+
+
+def test_smallest_connection_limit(folder: pathlib.Path) -> None:
+    """With the smallest connection_limit that is taken the server still answers."""
+    with server(folder, WAITRESS_PORT="0", WAITRESS_CONNECTION_LIMIT=str(RANGES["connection_limit"][0])) as process:
+        port = listening(process)[0].rpartition(":")[2]
+        assert get(f"http://127.0.0.1:{port}/") == (200, "/")
+
+
+@pytest.mark.filterwarnings("ignore:send_bytes will be removed:DeprecationWarning")
+def test_every_setting_of_waitress_is_known() -> None:
+    """Each setting takes its own default back: a release of waitress that reads settings otherwise fails here."""
+    assert set(RANGES) <= set(READERS)
+    written = {
+        "unix_socket_perms": "600",
+        "trusted_proxy_count": "1",
+        "unix_socket": "/tmp/s",
+        "trusted_proxy_headers": "forwarded",
+    }
+    for name in READERS:
+        environ = {}
+        if name.startswith("trusted_proxy"):
+            environ = {"WAITRESS_TRUSTED_PROXY": "*", "WAITRESS_TRUSTED_PROXY_HEADERS": "forwarded"}
+        default = getattr(Adjustments, name)
+        value = written.get(name, " ".join(default) if isinstance(default, list) else str(default))
+        assert waitress_settings(environ | {f"WAITRESS_{name.upper()}": value})[name] == value
