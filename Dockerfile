@@ -1,0 +1,115 @@
+# Wheels come from the lock in `builder`, become a virtual environment there, and move into the slim `runtime`.
+# Each step stands before whatever changes more often: base, dependencies, code.
+ARG PYTHON_IMAGE=python:3.14.7-slim-trixie@sha256:ce40764625a4ff50df3548277632e7f96c4e77fe75fa848aae9885476e7df5a4
+
+# ---- builder: /opt/venv, made from wheels that the lock names by hash -------------------------------------------------
+FROM ${PYTHON_IMAGE} AS builder
+# Only wheels: to build from source, pip would fetch build tools that no hash covers, and run them.
+RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    pip wheel --require-hashes --only-binary=:all: --wheel-dir=/wheels --requirement=/lock/requirements.txt
+# pip works on the environment from outside: nothing that could install anything gets into the image.
+RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
+    python -m venv --without-pip /opt/venv \
+    && pip --python=/opt/venv install --no-cache-dir --no-index --find-links=/wheels --require-hashes --no-compile \
+        --requirement=/lock/requirements.txt \
+    && pip --python=/opt/venv check
+
+# ---- bytecode: compiles the part of the standard library that is in use -----------------------------------------------
+# The official slim image has no bytecode, and a container on a read-only file system would compile every module again
+# at each start. By hash instead of time stamp, bytecode stays valid when a copy or a reproducible build changes times;
+# unchecked, because nobody edits the standard library of an image.
+FROM scratch AS bytecode
+COPY <<'PYTHON' /stdlib.py
+"""stdlib.py FOLDER: compile the modules of the standard library that the sources in FOLDER import, and theirs."""
+
+import ast
+import contextlib
+import importlib.util
+import pathlib
+import py_compile
+import sys
+
+names = {"encodings.idna"}  # what getaddrinfo() imports without an import statement
+for source in pathlib.Path(sys.argv[1]).rglob("*.py"):
+    with contextlib.suppress(SyntaxError):  # a template in a package, say: it cannot be imported either
+        for node in ast.walk(ast.parse(source.read_bytes())):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+
+for name in names:
+    if name.partition(".")[0] in sys.stdlib_module_names:
+        with contextlib.suppress(ImportError):  # no module but a function, or a module of another platform
+            importlib.import_module(name)
+
+for module in list(sys.modules.values()):
+    origin = module.__spec__ and module.__spec__.origin
+    if origin and origin.endswith(".py") and not pathlib.Path(importlib.util.cache_from_source(origin)).exists():
+        py_compile.compile(origin, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+PYTHON
+
+# ---- service: what every image that runs has in common ----------------------------------------------------------------
+FROM ${PYTHON_IMAGE} AS service
+# Unbuffered, or what an application prints would show in `docker logs` late, and after a crash never.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1
+WORKDIR /app
+COPY --from=builder /opt/venv /opt/venv
+# What does not compile cannot be imported either (a template, code for another version), so that is no reason to stop;
+# the tests see to it that nothing else is missing. -B here and below: no other bytecode than what is asked for.
+RUN --mount=type=bind,from=bytecode,target=/bytecode \
+    python -B -m compileall -qq --invalidation-mode=unchecked-hash /opt/venv; \
+    python -IB /bytecode/stdlib.py /opt/venv
+
+# From here on the code: editing it repeats the steps below, not those above. All of it belongs to root and cannot be
+# written by the user that runs it; the mode is set because a clone's umask would come along.
+COPY --chmod=0644 app.py serve.py healthcheck.py ./
+# Checked, so that a file mounted over the image's own takes effect.
+RUN --mount=type=bind,from=bytecode,target=/bytecode \
+    python -B -m compileall -q --invalidation-mode=checked-hash . \
+    && python -IB /bytecode/stdlib.py .
+
+# By number, so that Kubernetes' runAsNonRoot can tell; with no name in /etc/passwd, because nothing here needs one.
+USER 65532:65532
+EXPOSE 5000
+STOPSIGNAL SIGTERM
+# Quick while it starts, so that whoever waits for healthy waits no longer than it takes. -IS: see healthcheck.py.
+HEALTHCHECK --interval=10s --timeout=3s --retries=3 --start-period=30s --start-interval=0.2s \
+    CMD ["python", "-IS", "/app/healthcheck.py"]
+CMD ["python", "serve.py"]
+
+# ---- test: the same, and the tests with what they need ----------------------------------------------------------------
+FROM builder AS dev
+RUN --mount=type=bind,source=requirements-dev.txt,target=/lock/requirements-dev.txt \
+    --mount=type=cache,target=/root/.cache/pip \
+    pip --python=/opt/venv install --require-hashes --only-binary=:all: --no-compile \
+        --requirement=/lock/requirements-dev.txt
+
+FROM service AS test
+COPY --from=dev /opt/venv /opt/venv
+COPY --chmod=0755 pyproject.toml ./
+COPY --chmod=0755 tests tests
+CMD ["pytest"]
+
+# ---- lock: `docker build --target lock --output . .` writes the requirements files, pinned by the image's own Python ---
+FROM dev AS pins
+WORKDIR /lock
+COPY pyproject.toml requirements.in requirements.txt requirements-dev.in requirements-dev.txt ./
+ARG PIP_COMPILE_OPTIONS=
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/venv/bin/pip-compile --quiet ${PIP_COMPILE_OPTIONS} requirements.in \
+    && /opt/venv/bin/pip-compile --quiet ${PIP_COMPILE_OPTIONS} requirements-dev.in
+
+FROM scratch AS lock
+COPY --from=pins /lock/requirements.txt /lock/requirements-dev.txt /
+
+# ---- runtime: what `docker build .` gives -----------------------------------------------------------------------------
+FROM service AS runtime
+# Again, because an ARG from before the first FROM has a value in a stage only where the stage names it.
+ARG PYTHON_IMAGE
+LABEL org.opencontainers.image.title="flask-helloworld" \
+      org.opencontainers.image.description="A greeting service in Flask, served by waitress" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.base.name="${PYTHON_IMAGE}"

@@ -1,0 +1,92 @@
+"""Fixtures: the Docker Engine where there is one, and what is built and run with it."""
+
+import os
+import pathlib
+import re
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support import ROOT, Project, run
+
+
+def needs_docker(problem: str) -> None:
+    """Skip the test because of `problem`, or fail it where REQUIRE_DOCKER=1 says that Docker has to be there."""
+    if os.environ.get("REQUIRE_DOCKER") == "1":
+        pytest.fail(f"REQUIRE_DOCKER=1, but {problem}")
+    pytest.skip(problem)
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """A Docker Engine with compose that answers."""
+    for command in (["docker", "info"], ["docker", "compose", "version"]):
+        try:
+            done = run(*command, check=False)
+        except FileNotFoundError:
+            needs_docker("docker is not installed")
+        if done.returncode:
+            needs_docker(f"`{' '.join(command)}` fails: no Docker Engine answers")
+
+
+@pytest.fixture(scope="session")
+def base(engine: None) -> str:
+    """The base image, found or pulled."""
+    default = re.search(r"^ARG PYTHON_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
+    name = os.environ.get("PYTHON_IMAGE") or default
+    if (
+        run("docker", "image", "inspect", name, check=False).returncode
+        and run("docker", "pull", name, check=False).returncode
+    ):
+        needs_docker(f"the base image {name} can neither be found nor pulled")
+    return name
+
+
+@pytest.fixture(scope="session")
+def build(base: str) -> Iterator[Callable]:
+    """A function that builds a folder's Dockerfile and returns the image's name; the images go when the tests end."""
+    names = []
+
+    def build(folder: pathlib.Path = ROOT, target: str = "runtime") -> str:
+        names.append(f"flask-helloworld-test:{uuid.uuid4().hex[:12]}")
+        run("docker", "build", "--build-arg", f"PYTHON_IMAGE={base}", "--target", target, "--tag", names[-1], folder)
+        return names[-1]
+
+    yield build
+    for name in names:
+        run("docker", "image", "rm", "--force", name)
+
+
+@pytest.fixture(scope="session")
+def image(build: Callable) -> str:
+    """The image that `docker build .` gives."""
+    return build()
+
+
+@pytest.fixture
+def container(engine: None) -> Iterator[Callable]:
+    """A function that starts a container (options, image, command) and returns its id; it goes when the test ends."""
+    started = []
+
+    def start(*arguments: object) -> str:
+        started.append(run("docker", "run", "--detach", *arguments).stdout.strip())
+        return started[-1]
+
+    yield start
+    for name in started:
+        run("docker", "rm", "--force", "--volumes", name)
+
+
+@pytest.fixture
+def copy(tmp_path: pathlib.Path) -> Project:
+    """A copy of the project, to be changed."""
+    return Project(tmp_path / "project")
+
+
+@pytest.fixture
+def project(base: str, copy: Project) -> Iterator[Project]:
+    """A copy of the project whose containers, networks and images go when the test ends."""
+    copy.environ["PYTHON_IMAGE"] = base
+    yield copy
+    copy.compose("--profile", "*", "down", "--rmi", "all", "--volumes", "--timeout", "1")
