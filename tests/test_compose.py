@@ -1,0 +1,78 @@
+"""docker compose with a copy of the project: up, what it may do, down; the tests inside of the image."""
+
+import json
+import socket
+
+import pytest
+
+from tests.support import Project, get, run
+
+
+def test_up_serves_and_down_removes(project: Project) -> None:
+    """`up --wait` waits until it is healthy, on 127.0.0.1 alone; `stop` kills nothing, `down` leaves nothing."""
+    project.compose("up", "--build", "--wait")
+    url = project.url()
+    assert url.startswith("http://127.0.0.1:")
+    assert get(url + "/health") == (200, '{"status": "ok"}\n')
+    project.compose("stop")
+    container = project.compose("ps", "--all", "--quiet").stdout.strip()
+    assert run("docker", "inspect", "--format", "{{.State.ExitCode}}", container).stdout.strip() == "0"
+    project.compose("down")
+    assert project.compose("ps", "--all", "--quiet").stdout == ""
+
+
+def test_what_the_container_may_not_do(project: Project) -> None:
+    """It is read-only but for /tmp, has no capabilities and cannot get any; memory, CPU and processes are bounded."""
+    project.compose("up", "--build", "--wait")
+    container = project.compose("ps", "--quiet").stdout.strip()
+    [facts] = json.loads(run("docker", "inspect", container).stdout)
+    host = facts["HostConfig"]
+    assert facts["Config"]["User"] == "65532:65532"
+    assert host["ReadonlyRootfs"] is True
+    assert list(host["Tmpfs"]) == ["/tmp"]
+    assert host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["Memory"] == 256 * 1024 * 1024
+    assert host["NanoCpus"] == 1_000_000_000
+    assert host["PidsLimit"] == 100
+    assert host["RestartPolicy"]["Name"] == "unless-stopped"
+    assert facts["Config"]["StopTimeout"] > 10
+    assert facts["Config"]["Healthcheck"]["Test"] == ["CMD", "python", "-IS", "/app/healthcheck.py"]
+    process = project.compose("exec", "web", "cat", "/proc/1/status").stdout
+    assert "CapEff:\t0000000000000000" in process
+    assert "NoNewPrivs:\t1" in process
+
+
+def test_published_where_asked(project: Project) -> None:
+    """BIND and PORT, from the environment or from .env, say where it is published."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    del project.environ["BIND"], project.environ["PORT"]
+    (project.folder / ".env").write_text(f"BIND=127.0.0.2\nPORT={port}\n")
+    project.compose("up", "--build", "--wait")
+    assert project.url() == f"http://127.0.0.2:{port}"
+    assert get(f"http://127.0.0.2:{port}/health")[0] == 200
+
+
+def test_defaults(copy: Project, engine: None) -> None:
+    """With nothing set, it is 127.0.0.1:5000 and the Dockerfile's own base image."""
+    for variable in ("BIND", "PORT", "PYTHON_IMAGE", "COMPOSE_FILE"):
+        copy.environ.pop(variable, None)
+    web = json.loads(copy.compose("config", "--format", "json").stdout)["services"]["web"]
+    assert web["image"] == "flask-helloworld"
+    assert (web["ports"][0]["host_ip"], web["ports"][0]["published"]) == ("127.0.0.1", "5000")
+    assert not web["build"].get("args")
+
+
+@pytest.mark.parametrize("command", [["python", "-c", "print('here')"], ["sh", "-c", "echo here"]])
+def test_run(project: Project, command: list[str]) -> None:
+    """`docker compose run` runs another command in the same image."""
+    project.compose("build")
+    assert project.compose("run", "--rm", "--no-TTY", "web", *command).stdout == "here\n"
+
+
+def test_the_tests_pass_inside_of_the_image(project: Project) -> None:
+    """The profile `test` runs, in the image's own Python, every test that needs no engine."""
+    done = project.compose("run", "--build", "--rm", "--no-TTY", "test")
+    assert " passed" in done.stdout
+    assert " failed" not in done.stdout
