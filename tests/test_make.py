@@ -1,0 +1,146 @@
+"""The make targets in a copy of the project, with and without Docker."""
+
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import ROOT, Project, get
+
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+NEW_PACKAGE = "humanize"
+NEW_APP = """
+import humanize
+from flask import Flask
+
+app = Flask(__name__)
+
+
+@app.get("/")
+def million():
+    return humanize.intword(1_000_000)
+
+
+@app.get("/health")
+def health():
+    return "ok"
+"""
+
+
+@pytest.fixture
+def no_engine(copy: Project) -> Iterator[Project]:
+    """A copy of the project where no engine answers; what `make up` starts ends with the test."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    copy.environ |= {"DOCKER_HOST": "unix:///nonexistent.sock", "PORT": str(port)}
+    yield copy
+    copy.run("make", "down")
+
+
+def test_up_without_health(no_engine: Project) -> None:
+    """An application that is not healthy is not up, without an engine as with one; why is said, nothing is left."""
+    (no_engine.folder / "app.py").write_text("from flask import Flask\n\napp = Flask(__name__)\n")
+    done = no_engine.run("make", "up", check=False)
+    assert done.returncode != 0
+    assert "404 NOT FOUND" in done.stderr
+    with pytest.raises(OSError, match="refused"):
+        get(f"http://127.0.0.1:{no_engine.environ['PORT']}/health")
+
+
+@pytest.mark.parametrize("line", ["{}", '"{}"', "'{}'", "{} # a comment"])
+def test_up_where_the_env_file_says(no_engine: Project, line: str) -> None:
+    """A file .env means the same without an engine as to compose."""
+    port = no_engine.environ.pop("PORT")
+    (no_engine.folder / ".env").write_text(f"# comment\nPORT={line.format(port)}\nBIND=127.0.0.2\n")
+    del no_engine.environ["BIND"]
+    assert no_engine.run("make", "up").stdout.endswith(f"http://127.0.0.2:{port}\n")
+
+
+def test_prints_its_commands(copy: Project) -> None:
+    """`make` alone prints every command that the README names, and does nothing."""
+    printed = set(re.findall(r"^make (\w+)", copy.run("make").stdout, re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)`", (ROOT / "README.md").read_text()))
+    assert {"up", "down", "serve", "test", "lock", "upgrade", "check"} <= named <= printed
+
+
+def test_up_and_down_without_an_engine(no_engine: Project) -> None:
+    """Without an engine `make up` says so and serves what the README shows, again anew; `down` ends it."""
+    url = f"http://127.0.0.1:{no_engine.environ['PORT']}"
+    done = no_engine.run("make", "up")
+    assert done.stdout.splitlines() == ["No Docker Engine answers: serving from a virtual environment instead.", url]
+    shown = re.findall(r"^\$ curl localhost:5000(/\S*)\n(.*\n)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(shown) == 3
+    assert [(path, get(url + path)[1]) for path, _ in shown] == shown
+    no_engine.run("make", "up")
+    assert get(url + "/health")[0] == 200
+    no_engine.run("make", "down")
+    with pytest.raises(OSError, match="refused"):
+        get(url + "/health")
+
+
+def test_up_without_an_engine_on_a_taken_port(no_engine: Project) -> None:
+    """If something else answers on the port, healthy even, `make up` fails with the server's own line."""
+    with socket.create_server(("127.0.0.1", int(no_engine.environ["PORT"]))):
+        done = no_engine.run("make", "up", check=False)
+    assert done.returncode != 0
+    assert f"serve: cannot listen on 127.0.0.1:{no_engine.environ['PORT']}: Address already in use" in done.stderr
+
+
+def test_up_without_a_base_image(no_engine: Project, engine: None) -> None:
+    """With an engine but no base image to be had, `make up` says so in one line and serves all the same."""
+    del no_engine.environ["DOCKER_HOST"]
+    no_engine.environ["PYTHON_IMAGE"] = "registry.invalid/no-such-image"
+    done = no_engine.run("make", "up")
+    assert "registry.invalid/no-such-image can neither be found nor pulled: serving from a virtual" in done.stdout
+    assert get(f"http://127.0.0.1:{no_engine.environ['PORT']}/health")[0] == 200
+
+
+def test_a_new_dependency(project: Project) -> None:
+    """A line in requirements.in, plain pip-compile, an app.py of one's own: `make up` serves it with the package."""
+    (project.folder / "app.py").write_text(NEW_APP)
+    with (project.folder / "requirements.in").open("a") as requirements:
+        requirements.write(f"{NEW_PACKAGE}\n")
+    project.run("make", ".venv/dev")
+    project.run(".venv/bin/pip-compile")
+    lock = (project.folder / "requirements.txt").read_text()
+    before = (ROOT / "requirements.txt").read_text()
+    added = [line for line in lock.splitlines() if line not in before]
+    assert added[0].startswith(f"{NEW_PACKAGE}==")
+    assert set(before.splitlines()) <= set(lock.splitlines())
+    done = project.run("make", "up")
+    assert done.stdout.splitlines()[-1] == project.url()
+    assert get(project.url() + "/") == (200, "1.0 million")
+    project.run("make", "down")
+    assert project.compose("ps", "--all", "--quiet").stdout == ""
+
+
+def test_lock_in_the_image(project: Project) -> None:
+    """`make lock` pins with the image's Python and changes nothing where nothing new is asked for, not a byte."""
+    locks = {name: (ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt")}
+    project.run("make", "lock")
+    assert {name: (project.folder / name).read_bytes() for name in locks} == locks
+
+
+def test_check_finds_drift(no_engine: Project) -> None:
+    """`make check` passes as it is and fails, naming the line, if a lock is not what its .in file asks for."""
+    no_engine.run("make", "check")
+    lock = no_engine.folder / "requirements.txt"
+    edited = re.sub(r"(?m)^ +# via -r requirements.in\n", "", lock.read_text(), count=1)
+    lock.write_text(edited)
+    done = no_engine.run("make", "check", check=False)
+    assert done.returncode != 0
+    assert "# via -r requirements.in" in done.stdout
+    assert "requirements.txt is not what its .in file asks for; run: make lock" in done.stderr
+
+
+def test_old_python(copy: Project) -> None:
+    """A Python that is too old is refused in one line that says which to name."""
+    old = copy.folder / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = copy.run("make", "serve", f"PYTHON={old}", check=False)
+    assert done.returncode != 0
+    assert f"{old} is not Python 3.11 or later" in done.stderr
