@@ -1,0 +1,151 @@
+"""Measure the image as its user meets it: size, start, stop, rebuild. Prints a Markdown table.
+
+    python bench/container.py [--runs 7]
+
+Needs a Docker Engine and the base image; PYTHON_IMAGE names another base. Whatever is compared is measured in turn
+within one run, A B A B, and given as the median, because machines differ and drift; a figure in seconds holds for
+this machine only, a ratio travels.
+"""
+
+import argparse
+import gzip
+import os
+import pathlib
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAME = f"flask-helloworld-bench-{uuid.uuid4().hex[:8]}"
+
+
+def run(*command: object, **options: object) -> str:
+    """Run a command, fail if it fails, return what it prints."""
+    options = {"check": True, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run([str(part) for part in command], **options).stdout
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Return how long `action` takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def compressed(image: str) -> int:
+    """Return the size of `docker save IMAGE | gzip` in bytes."""
+    with tempfile.TemporaryFile() as target:
+        with (
+            subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as save,
+            gzip.GzipFile(fileobj=target, mode="wb", compresslevel=6) as packed,
+        ):
+            shutil.copyfileobj(save.stdout, packed, 1 << 20)
+        return target.tell()
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def first_answer(image: str) -> float:
+    """Return the seconds from `docker run --detach` to the first 200 of /health."""
+    port = free_port()
+    start = time.perf_counter()
+    with subprocess.Popen(
+        ["docker", "run", "--detach", "--name", NAME, "--publish", f"127.0.0.1:{port}:5000", image],
+        stdout=subprocess.DEVNULL,
+    ):
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                    break
+            except OSError:
+                if time.perf_counter() - start > 60:
+                    raise
+                time.sleep(0.002)
+        taken = time.perf_counter() - start
+    run("docker", "rm", "--force", NAME)
+    return taken
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=7, help="how often to measure each figure (default: 7)")
+    runs = parser.parse_args().runs
+
+    default = re.search(r"^ARG PYTHON_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
+    base = os.environ.setdefault("PYTHON_IMAGE", default)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary) / "project"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", ".env"))
+        (folder / "override.yaml").write_text(f"services: {{web: {{image: {NAME}}}}}\n")
+        os.environ |= {"COMPOSE_FILE": "compose.yaml:override.yaml", "COMPOSE_PROJECT_NAME": NAME, "PORT": "0"}
+        try:
+            table = measure(folder, base, runs)
+        finally:
+            run("docker", "compose", "down", "--rmi", "all", cwd=folder)
+    print(f"Medians of {runs} (smallest to largest)\n\n| figure | |\n|---|---|")
+    for figure, value in table:
+        print(f"| {figure} | {value} |")
+
+
+def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]:
+    """Return the rows of the table, measured with the copy of the project in `folder`."""
+
+    def build() -> None:
+        run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", NAME, ".", cwd=folder)
+
+    def edit() -> None:
+        with (folder / "app.py").open("a") as code:
+            code.write(f"# {uuid.uuid4()}\n")
+
+    def bare() -> None:
+        run("docker", "run", "--rm", "--entrypoint", "python", NAME, "-IS", "-c", "pass")
+
+    build()
+    added = compressed(NAME) - compressed(base)
+
+    bare()
+    starts = [(first_answer(NAME), seconds(bare)) for _ in range(runs)]
+
+    ups, stops = [], []
+    for _ in range(runs):
+        ups.append(seconds(lambda: run("docker", "compose", "up", "--wait", cwd=folder)))
+        container = run("docker", "compose", "ps", "--quiet", cwd=folder).strip()
+        stops.append(seconds(lambda container=container: run("docker", "stop", container)))
+        run("docker", "compose", "down", cwd=folder)
+
+    rebuilds = []
+    for _ in range(runs):
+        unchanged = seconds(build)
+        edit()
+        rebuilds.append(seconds(build) - unchanged)
+
+    return [
+        ("`docker save \\| gzip`, over its base", f"{added / 1e6:.2f} MB"),
+        ("`docker run -d` to the first 200", spread([answer for answer, _ in starts])),
+        ("`docker run --rm --entrypoint python IMAGE -IS -c pass`", spread([python for _, python in starts])),
+        ("the first by the second", spread([answer / python for answer, python in starts], "x")),
+        ("`docker compose up --wait`, image built", spread(ups)),
+        ("`docker stop`, idle", spread(stops)),
+        ("`docker build` after an edit of app.py, over one without", spread(rebuilds)),
+    ]
+
+
+def spread(values: list[float], unit: str = "s") -> str:
+    """Return the median of `values`, the smallest and the largest as text."""
+    return f"{statistics.median(values):.2f} {unit} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main()
