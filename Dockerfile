@@ -25,29 +25,34 @@ COPY <<'PYTHON' /stdlib.py
 
 import ast
 import contextlib
-import importlib.util
+import importlib
 import pathlib
 import py_compile
 import sys
+from importlib.machinery import FrozenImporter, PathFinder
 
 names = {"encodings.idna"}  # what getaddrinfo() imports without an import statement
 for source in pathlib.Path(sys.argv[1]).rglob("*.py"):
-    with contextlib.suppress(SyntaxError):  # a template in a package, say: it cannot be imported either
+    with contextlib.suppress(SyntaxError, ValueError):  # a template in a package, say: it cannot be imported either
         for node in ast.walk(ast.parse(source.read_bytes())):
             if isinstance(node, ast.Import):
                 names.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
 
-for name in names:
+for name in sorted(names):
     if name.partition(".")[0] in sys.stdlib_module_names:
-        with contextlib.suppress(ImportError):  # no module but a function, or a module of another platform
+        with contextlib.suppress(Exception):  # no module but a function, or one that this platform has not
             importlib.import_module(name)
 
-for module in list(sys.modules.values()):
-    origin = module.__spec__ and module.__spec__.origin
-    if origin and origin.endswith(".py") and not pathlib.Path(importlib.util.cache_from_source(origin)).exists():
-        py_compile.compile(origin, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+# By name, because a module may have put another one in its place (collections.abc does).
+for name in list(sys.modules):
+    if FrozenImporter.find_spec(name):  # in the interpreter itself
+        continue
+    package = sys.modules.get(name.rpartition(".")[0])
+    spec = PathFinder.find_spec(name, getattr(package, "__path__", None))
+    if spec and spec.origin and spec.origin.endswith(".py") and not pathlib.Path(spec.cached).exists():
+        py_compile.compile(spec.origin, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
 PYTHON
 
 # ---- service: what every image that runs has in common ----------------------------------------------------------------
