@@ -40,10 +40,14 @@ READERS: dict[str, Callable] = {name: read for name, read in Adjustments._params
 BOOLEANS = {"1", "on", "t", "true", "y", "yes", "0", "f", "false", "n", "no", "off"}
 
 # Smallest and largest whole numbers, where waitress looks only whether it is a number. INT_MAX is the largest C int,
-# which listen() and poll() take; a setting that is not named here takes 1 to INT_MAX.
+# which listen() takes; a setting that is not named here takes 1 to INT_MAX.
 INT_MAX = 2**31 - 1
 RANGES = {
     "port": (0, 65535),
+    # A million threads would be started, until the machine has no more.
+    "threads": (1, 10_000),
+    # In seconds; poll() takes milliseconds.
+    "asyncore_loop_timeout": (1, INT_MAX // 1000),
     # waitress counts its two listeners, their pipes and our own (wake_on_signal) too: with 5 it would accept nobody.
     "connection_limit": (6, INT_MAX),
     "channel_request_lookahead": (0, INT_MAX),
@@ -91,12 +95,13 @@ def with_defaults(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def refusal(settings: Mapping[str, str]) -> str | None:
-    """Return what waitress says against `settings`, or None."""
+    """Return what speaks against `settings` taken together, in waitress's words, or None."""
     try:
-        Adjustments(**settings)
+        adjustments = Adjustments(**settings)
     except ValueError as error:
         return str(error)
-    return None
+    # waitress would take neither for both.
+    return None if adjustments.ipv4 or adjustments.ipv6 else "one of ipv4 and ipv6 has to be on"
 
 
 def setting(variable: str) -> str:
@@ -158,8 +163,9 @@ def where(failure: Exception) -> str:
     """Return the last line of the application's own code that `failure` came through, as text, or nothing."""
     here = pathlib.Path(__file__).parent
     frames = [frame for frame in traceback.extract_tb(failure.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if pathlib.Path(frame.filename).parent.is_relative_to(here)]
-    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    paths = [(pathlib.Path(frame.filename), frame.lineno) for frame in frames]
+    own = [(path, line) for path, line in paths if path.is_relative_to(here) and "site-packages" not in path.parts]
+    return f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
 
 
 def has_ipv6() -> bool:
@@ -215,7 +221,7 @@ def main() -> int:
         server = create_server(application, map=channels, **settings)
     except OSError as error:
         address = settings.get("listen") or settings.get("unix_socket") or f"{settings['host']}:{settings['port']}"
-        print(f"serve: cannot listen on {address}: {error.strerror}", file=sys.stderr)
+        print(f"serve: cannot listen on {address}: {error.strerror or error}", file=sys.stderr)
         return 1
     except RuntimeError as error:  # from the threading module: a limit of the container or the machine
         print(f"serve: cannot start {settings.get('threads', Adjustments.threads)} threads: {error}", file=sys.stderr)

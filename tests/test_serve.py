@@ -190,13 +190,14 @@ def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> Non
 @pytest.mark.parametrize(
     ("variable", "value", "problem"),
     [
-        ("THREADS", "", "takes a whole number from 1 to 2147483647"),
-        ("THREADS", "0", "takes a whole number from 1 to 2147483647"),
-        ("THREADS", "-1", "takes a whole number from 1 to 2147483647"),
-        ("THREADS", "4.0", "takes a whole number from 1 to 2147483647"),
-        ("THREADS", "1_0", "takes a whole number from 1 to 2147483647"),
-        ("THREADS", "²", "takes a whole number from 1 to 2147483647"),
-        ("THREADS", "9" * 5000, "takes a whole number from 1 to 2147483647"),
+        ("THREADS", "", "takes a whole number from 1 to 10000"),
+        ("THREADS", "0", "takes a whole number from 1 to 10000"),
+        ("THREADS", "-1", "takes a whole number from 1 to 10000"),
+        ("THREADS", "10001", "takes a whole number from 1 to 10000"),
+        ("THREADS", "4.0", "takes a whole number from 1 to 10000"),
+        ("THREADS", "1_0", "takes a whole number from 1 to 10000"),
+        ("THREADS", "²", "takes a whole number from 1 to 10000"),
+        ("THREADS", "9" * 5000, "takes a whole number from 1 to 10000"),
         ("PORT", "http", "takes a whole number from 0 to 65535"),
         ("PORT", "65536", "takes a whole number from 0 to 65535"),
         ("CONNECTION_LIMIT", "5", "takes a whole number from 6 to 2147483647"),
@@ -234,6 +235,7 @@ def test_wrong_setting(folder: pathlib.Path, variable: str, value: str, problem:
         ({"WAITRESS_LISTEN": "*:5000", "WAITRESS_UNIX_SOCKET": "/tmp/s"}, "WAITRESS_LISTEN"),
         ({"WAITRESS_HOST": "127.0.0.1", "WAITRESS_IPV4": "no"}, "WAITRESS_HOST"),
         ({"WAITRESS_THREADS": "8", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}, "WAITRESS_TRUSTED_PROXY_COUNT"),
+        ({"WAITRESS_IPV4": "no", "WAITRESS_IPV6": "no"}, "WAITRESS_IPV4"),
         ({"WAITRESS_LISTEN": "*:x", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}, "WAITRESS_*"),
         (
             {"WAITRESS_TRUSTED_PROXY": "*", "WAITRESS_TRUSTED_PROXY_HEADERS": "x-real-ip"},
@@ -254,6 +256,20 @@ def test_taken_port(folder: pathlib.Path, taken: int) -> None:
     """A port that is taken ends the start with exit code 1 and one line that names it."""
     with server(folder, WAITRESS_LISTEN=f"127.0.0.1:{taken}") as process:
         assert ended(process) == (1, f"serve: cannot listen on 127.0.0.1:{taken}: Address already in use\n")
+
+
+def test_socket_path_too_long(folder: pathlib.Path) -> None:
+    """An address that the kernel does not take ends the start with exit code 1 and one line that says why."""
+    path = f"/tmp/{'x' * 200}"
+    with server(folder, WAITRESS_UNIX_SOCKET=path) as process:
+        assert ended(process) == (1, f"serve: cannot listen on {path}: AF_UNIX path too long\n")
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+@pytest.mark.parametrize("end", [0, 1])
+def test_ends_of_the_ranges(name: str, end: int) -> None:
+    """The smallest and the largest number that are said to be taken are taken."""
+    assert waitress_settings({f"WAITRESS_{name.upper()}": str(RANGES[name][end])})[name] == str(RANGES[name][end])
 
 
 def test_smallest_connection_limit(folder: pathlib.Path) -> None:
