@@ -81,27 +81,32 @@ USER 65532:65532
 EXPOSE 5000
 STOPSIGNAL SIGTERM
 # Quick while it starts, so that whoever waits for healthy waits no longer than it takes. -IS: see healthcheck.py.
-HEALTHCHECK --interval=10s --timeout=3s --retries=3 --start-period=30s --start-interval=0.2s \
+HEALTHCHECK --interval=10s --timeout=3s --retries=3 --start-period=10s --start-interval=0.2s \
     CMD ["python", "-IS", "/app/healthcheck.py"]
 CMD ["python", "serve.py"]
 
 # ---- test: the same, and the tests with what they need ----------------------------------------------------------------
-FROM builder AS dev
+# An environment in the same place, of which `test` takes what the other has not. Of its own, so that `lock` can be built
+# where requirements.txt cannot be installed: to mend that is what it is for.
+FROM ${PYTHON_IMAGE} AS dev
 RUN --mount=type=bind,source=requirements-dev.txt,target=/lock/requirements-dev.txt \
     --mount=type=cache,target=/root/.cache/pip \
-    pip --python=/opt/venv install --require-hashes --only-binary=:all: --no-compile \
-        --requirement=/lock/requirements-dev.txt
+    python -m venv --without-pip /opt/venv \
+    && pip --python=/opt/venv install --require-hashes --only-binary=:all: --no-compile \
+        --requirement=/lock/requirements-dev.txt \
+    && pip --python=/opt/venv check
 
 FROM service AS test
 COPY --from=dev /opt/venv /opt/venv
-COPY --chmod=0755 pyproject.toml ./
+COPY --chmod=0644 pyproject.toml ./
+# Folders need the x.
 COPY --chmod=0755 tests tests
-CMD ["pytest"]
+CMD ["python", "-m", "pytest"]
 
 # ---- lock: `docker build --target lock --output . .` writes the requirements files, pinned by the image's own Python ---
 FROM dev AS pins
 WORKDIR /lock
-COPY pyproject.toml requirements.in requirements.txt requirements-dev.in requirements-dev.txt ./
+COPY pyproject.toml requirements.* requirements-dev.* ./
 ARG PIP_COMPILE_OPTIONS=
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/venv/bin/pip-compile --quiet ${PIP_COMPILE_OPTIONS} requirements.in \

@@ -4,12 +4,15 @@
 
 PYTHON ?= python3
 
-# compose reads .env by itself; here is the same for what runs without it. As there, the environment comes first.
-dotenv = $(shell sed -n 's/^$(1)=["'\'']\{0,1\}\([^"'\'' ]*\).*/\1/p' .env 2>/dev/null | tail -n 1)
+# compose reads .env by itself; this is for what runs without it: lines NAME=value. As there, the environment comes first.
+dotenv = $(shell sed -n -e 's/^ *\(export  *\)\{0,1\}$(1) *= *["'\'']\{0,1\}\([^"'\'' ]*\).*/\2/p' .env 2>/dev/null | tail -n 1)
 BIND := $(or $(BIND),$(call dotenv,BIND),127.0.0.1)
 PORT := $(or $(PORT),$(call dotenv,PORT),5000)
 PYTHON_IMAGE := $(or $(PYTHON_IMAGE),$(call dotenv,PYTHON_IMAGE),$(shell sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile))
 export PYTHON_IMAGE
+
+# Not $(MAKE), which make would run under `make --dry-run` too.
+SELF := $(MAKE) --silent
 
 # Conditions, as the shell's `if` takes them.
 ENGINE := docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1
@@ -21,9 +24,10 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 up: ## build, start, wait until healthy, print the address; without Docker, serve from .venv in the background
-	@if ! { $(ENGINE); }; then echo "$(NO_ENGINE): serving from a virtual environment instead."; $(MAKE) -s up-venv; \
-	elif ! $(BASE); then echo "$(NO_BASE): serving from a virtual environment instead."; $(MAKE) -s up-venv; \
-	else docker compose up --build --wait && echo "http://$$(docker compose port web 5000)"; fi
+	@if ! { $(ENGINE); }; then echo "$(NO_ENGINE): serving from a virtual environment instead."; $(SELF) up-venv; \
+	elif ! $(BASE); then echo "$(NO_BASE): serving from a virtual environment instead."; $(SELF) up-venv; \
+	else $(SELF) down-venv; docker compose up --build --wait || { docker compose logs --tail 20 web >&2; exit 1; }; \
+	echo "http://$$(docker compose port web 5000)"; fi
 
 down: down-venv ## stop and remove what `make up` started
 	@if $(ENGINE); then docker compose down; fi
@@ -33,14 +37,14 @@ serve: .venv/runtime ## serve from .venv in the foreground
 	.venv/bin/python serve.py
 
 test: .venv/dev ## run every test that this machine can run; REQUIRE_DOCKER=1 fails those that lack Docker
-	.venv/bin/pytest
+	.venv/bin/python -m pytest
 
 lock: ## pin what the requirements files ask for
 upgrade: ## pin the newest releases that the requirements files allow
 upgrade: PIP_COMPILE_OPTIONS := --upgrade
 lock upgrade:
-	@if ! { $(ENGINE); }; then echo "$(NO_ENGINE): locking with $(PYTHON) instead."; $(MAKE) -s lock-venv; \
-	elif ! $(BASE); then echo "$(NO_BASE): locking with $(PYTHON) instead."; $(MAKE) -s lock-venv; \
+	@if ! { $(ENGINE); }; then echo "$(NO_ENGINE): locking with $(PYTHON) instead."; $(SELF) lock-venv; \
+	elif ! $(BASE); then echo "$(NO_BASE): locking with $(PYTHON) instead."; $(SELF) lock-venv; \
 	else docker build --target lock --no-cache-filter pins --output . \
 	    --build-arg PYTHON_IMAGE --build-arg PIP_COMPILE_OPTIONS='$(PIP_COMPILE_OPTIONS)' .; fi
 
@@ -48,17 +52,18 @@ check: .venv/dev ## lint Python, Dockerfile and shell; fail if a lock is not wha
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/hadolint Dockerfile
-	@if command -v shellcheck; then shellcheck .ci/*; else echo "shellcheck is not installed: .ci goes unchecked"; fi
+	@if command -v shellcheck >/dev/null; then echo "shellcheck .ci/*"; shellcheck .ci/*; \
+	else echo "shellcheck is not installed: .ci goes unchecked"; [ -z "$$CI" ]; fi
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && cp pyproject.toml requirements*.in requirements*.txt "$$fresh" \
-	    && pip_compile="$(CURDIR)/.venv/bin/pip-compile --quiet" && (cd "$$fresh" && $(PIP_COMPILE)) \
+	    && (PATH="$(CURDIR)/.venv/bin:$$PATH"; cd "$$fresh" && $(PIN)) \
 	    && for lock in requirements*.txt; do diff "$$lock" "$$fresh/$$lock" \
 	        || { echo "$$lock is not what its .in file asks for; run: make lock" >&2; exit 1; }; done
 
 # --- Without Docker ---------------------------------------------------------------------------------------------------
 
 # Two locks, in this order: the second is constrained by the first.
-PIP_COMPILE := $$pip_compile && $$pip_compile requirements-dev.in
-PIP_INSTALL := .venv/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary=:all:
+PIN = pip-compile --quiet $(PIP_COMPILE_OPTIONS) && pip-compile --quiet $(PIP_COMPILE_OPTIONS) requirements-dev.in
+PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary=:all:
 
 # Anew for each new lock, so that nothing stays that the lock no longer has.
 .venv/runtime: requirements.txt
@@ -72,22 +77,24 @@ PIP_INSTALL := .venv/bin/pip install --quiet --disable-pip-version-check --requi
 	$(PIP_INSTALL) --requirement requirements-dev.txt
 	@touch $@
 
-# The log says when it listens: a probe alone might ask something else on that port. 300 times 0.1 s, then it is not to be.
+# The log says when it listens: a probe alone might ask something else on that port. 150 times 0.1 s at most.
 up-venv: export WAITRESS_LISTEN = $(BIND):$(PORT)
 up-venv: down-venv .venv/runtime
-	@nohup .venv/bin/python serve.py >.serve.log 2>&1 </dev/null & \
-	pid=$$!; echo "$$pid" >.serve.pid; tries=300; \
-	until grep -q 'Serving on' .serve.log || ! kill -0 "$$pid" 2>/dev/null || [ "$$tries" = 0 ]; do \
-	    tries=$$((tries - 1)); sleep 0.1; done; \
-	if grep -q 'Serving on' .serve.log && .venv/bin/python -IS healthcheck.py >>.serve.log; then echo "http://$(BIND):$(PORT)"; \
-	else cat .serve.log >&2; $(MAKE) -s down-venv; exit 1; fi
+	@rm -f .serve.log; nohup .venv/bin/python serve.py >.serve.log 2>&1 </dev/null & \
+	pid=$$!; echo "$$pid" >.serve.pid; tries=150; \
+	until { grep -q 'Serving on' .serve.log 2>/dev/null && .venv/bin/python -IS healthcheck.py >.serve.health; } \
+	    || ! kill -0 "$$pid" 2>/dev/null || [ "$$tries" = 0 ]; do tries=$$((tries - 1)); sleep 0.1; done; \
+	if [ "$$tries" != 0 ] && kill -0 "$$pid" 2>/dev/null; then echo "http://$(BIND):$(PORT)"; \
+	else cat .serve.log .serve.health >&2 2>/dev/null; $(SELF) down-venv; exit 1; fi
 
-# By number and name: the number alone may be another process's by now. 10 s at most: whoever should may not reap it.
+# By number and name, where ps can tell the name: the number alone may be another process's by now.
 down-venv:
-	@if pid=$$(cat .serve.pid 2>/dev/null) && ps -p "$$pid" -o args= | grep -q 'serve\.py'; then \
+	@if pid=$$(cat .serve.pid 2>/dev/null) && kill -0 "$$pid" 2>/dev/null \
+	    && { ! command -v ps >/dev/null || ps -p "$$pid" -o args= | grep -q 'python.* serve\.py'; }; then \
 	    kill "$$pid"; tries=100; \
-	    while kill -0 "$$pid" 2>/dev/null && [ "$$tries" -gt 0 ]; do tries=$$((tries - 1)); sleep 0.1; done; fi
-	@rm -f .serve.pid
+	    while kill -0 "$$pid" 2>/dev/null; do tries=$$((tries - 1)); sleep 0.1; \
+	        if [ "$$tries" = 0 ]; then echo "process $$pid (.serve.pid) does not end" >&2; exit 1; fi; done; fi
+	@rm -f .serve.pid .serve.health
 
 lock-venv: .venv/dev
-	@pip_compile=".venv/bin/pip-compile --quiet $(PIP_COMPILE_OPTIONS)" && $(PIP_COMPILE)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH"; $(PIN)

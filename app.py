@@ -11,7 +11,10 @@ import unicodedata
 from flask import Flask, Response, abort, request
 from werkzeug.exceptions import HTTPException
 
-NAME_RULE = "a name is 1 to 100 characters of valid UTF-8, none of them a control or other invisible code"
+NAME_RULE = (
+    "a name is 1 to 100 characters of valid UTF-8, "
+    "none of them a control, format, surrogate, private-use or unassigned character"
+)
 
 # No files to serve: without this, /static/anything would be a route.
 app = Flask(__name__, static_folder=None)
@@ -25,8 +28,8 @@ def text(body: str) -> Response:
 def is_name(name: str) -> bool:
     """Tell whether `name` can be greeted.
 
-    Unicode's general categories that begin with C are the codes that have no glyph of their own: controls, formats
-    (the bidirectional overrides that turn text around are among them), surrogates, private use, unassigned.
+    The rule's five kinds are Unicode's general categories that begin with C: Cc, Cf (the bidirectional overrides that
+    turn text around are among them), Cs, Co, Cn.
     """
     return 1 <= len(name) <= 100 and not any(unicodedata.category(character).startswith("C") for character in name)
 

@@ -24,9 +24,7 @@ def address(environ: Mapping[str, str]) -> tuple[str, str]:
     if path := environ.get("WAITRESS_UNIX_SOCKET"):
         return path, ""
     if listen := environ.get("WAITRESS_LISTEN", "").split():
-        host, colon, port = listen[0].rpartition(":")
-        if not colon or "]" in port:  # only a host: waitress then listens on its own default port
-            host, port = listen[0], "8080"
+        host, _, port = listen[0].rpartition(":")
     else:
         host, port = environ.get("WAITRESS_HOST", "*"), environ.get("WAITRESS_PORT", "5000")
     return host.strip("[]"), port

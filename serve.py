@@ -6,24 +6,41 @@ APP names the application (default app:app), WAITRESS_<NAME> is waitress's setti
 SIGTERM and SIGINT, 1 where it cannot listen, 2 where a variable is wrong; an error is one line on standard error.
 """
 
+import signal
+
+
+class Stopped(SystemExit):
+    """The process was told to stop. waitress's run() takes SystemExit as the word to close everything and return."""
+
+
+def stop(_signum: int, _frame: object) -> None:
+    """Handle a signal by ending the process with exit code 0."""
+    raise Stopped(0)
+
+
+if __name__ == "__main__":
+    # The kernel keeps from the first process of a container each signal that it has no handler for, and a shell starts
+    # its background jobs with SIGINT ignored: `docker stop` would take ten seconds and kill. Before the other imports,
+    # because they are most of the time that it takes to start.
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
 import difflib
 import logging
 import os
 import pathlib
 import pkgutil
-import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from types import FrameType
-from typing import NoReturn
 
 from waitress.adjustments import Adjustments, asbool, asoctal
 from waitress.server import BaseWSGIServer, MultiSocketServer, create_server
 from waitress.wasyncore import file_dispatcher
 
 log = logging.getLogger("serve")
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -32,8 +49,17 @@ PREFIX = "WAITRESS_"
 # Where no address is set: every one of IPv4 and IPv6, port 5000. waitress's own default is IPv4 alone, port 8080.
 DEFAULT_ADDRESS = {"host": "*", "port": "5000"}
 
-# The settings of waitress and how it reads each; it has no public list (a test sees to it that this one stays what it
-# is). `sockets` takes socket objects, which no variable can hold.
+DEFAULTS = {
+    # No Server header: a client has no use for the name of what answers, an attacker has.
+    "ident": "",
+    # select() fails, and the server with it, as soon as there are more than 1024 connections and files.
+    "asyncore_use_poll": "true",
+    # 1 MiB. waitress's own 1 GiB is kept in /tmp, which is memory, and one request would get the container killed.
+    "max_request_body_size": str(2**20),
+}
+
+# The settings of waitress and how it reads each. It has no public list; a test fails if a release reads them otherwise.
+# `sockets` takes socket objects, which no variable can hold.
 READERS: dict[str, Callable] = {name: read for name, read in Adjustments._params if name != "sockets"}  # noqa: SLF001
 
 # waitress reads any word that it does not know as false, "ture" too.
@@ -48,8 +74,6 @@ RANGES = {
     "threads": (1, 10_000),
     # In seconds; poll() takes milliseconds.
     "asyncore_loop_timeout": (1, INT_MAX // 1000),
-    # waitress counts its two listeners, their pipes and our own (wake_on_signal) too: with 5 it would accept nobody.
-    "connection_limit": (6, INT_MAX),
     "channel_request_lookahead": (0, INT_MAX),
     "inbuf_overflow": (0, sys.maxsize),
     "outbuf_overflow": (0, sys.maxsize),
@@ -77,7 +101,7 @@ def waitress_settings(environ: Mapping[str, str]) -> dict[str, str]:
             raise SettingError(variable, value, problem)
     settings = with_defaults(given)
     if problem := refusal(settings):
-        # waitress says what it refuses, not whose fault it is: a variable's without which the others will do.
+        # waitress says what it refuses, not which variable is wrong. It is one without which the others are accepted.
         for variable, value in given.items():
             if not refusal(with_defaults({other: given[other] for other in given if other != variable})):
                 raise SettingError(variable, value, problem)
@@ -90,18 +114,22 @@ def with_defaults(given: Mapping[str, str]) -> dict[str, str]:
     settings = {setting(variable): value for variable, value in given.items()}
     if settings.keys().isdisjoint({"listen", "unix_socket"}):
         settings = DEFAULT_ADDRESS | settings
-    # No Server header: a client has no use for the name of what answers, an attacker has.
-    return {"ident": ""} | settings
+    return DEFAULTS | settings
 
 
 def refusal(settings: Mapping[str, str]) -> str | None:
-    """Return what speaks against `settings` taken together, in waitress's words, or None."""
+    """Return what speaks against `settings` taken together, or None."""
     try:
         adjustments = Adjustments(**settings)
     except ValueError as error:
         return str(error)
-    # waitress would take neither for both.
-    return None if adjustments.ipv4 or adjustments.ipv6 else "one of ipv4 and ipv6 has to be on"
+    if not (adjustments.ipv4 or adjustments.ipv6):  # waitress would take it for both
+        return "one of ipv4 and ipv6 has to be on"
+    # waitress counts each listener, its pipe and our SignalPipe as connections: at that limit it would accept nobody.
+    taken = 2 * len(adjustments.listen) + 1
+    if adjustments.connection_limit <= taken:
+        return f"connection_limit has to be more than {taken}, which the server needs itself"
+    return None
 
 
 def setting(variable: str) -> str:
@@ -110,14 +138,16 @@ def setting(variable: str) -> str:
 
 
 def problem_with(variable: str, value: str) -> str | None:
-    """Return what is wrong with a WAITRESS_ variable, of that which waitress itself lets pass or words badly."""
+    """Return what is wrong with one WAITRESS_ variable, where waitress would accept it or not say it clearly."""
     name = setting(variable)
     if name not in READERS or not variable.isupper():
         near = difflib.get_close_matches(name, READERS, n=1)
         return "waitress has no such setting" + (f"; did you mean {PREFIX}{near[0].upper()}?" if near else "")
+    if not value.isprintable():
+        return "takes printable characters"
     if READERS[name] is asbool and value.strip().lower() not in BOOLEANS:
         return "takes true or false"
-    if READERS[name] is asoctal and not (value and set(value) <= set("01234567")):
+    if READERS[name] is asoctal and not (0 < len(value) <= 4 and set(value) <= set("01234567")):
         return "takes permissions as octal digits, such as 660"
     if READERS[name] is int:
         smallest, largest = RANGES.get(name, (1, INT_MAX))
@@ -127,8 +157,8 @@ def problem_with(variable: str, value: str) -> str | None:
         return "takes a path"
     if name == "listen":
         ports = [address.rpartition(":")[2] for address in value.split()]
-        # getaddrinfo() would take port 70000 for 4464.
-        if not ports or any(port.isdigit() and not is_whole_number(port, *RANGES["port"]) for port in ports):
+        # getaddrinfo() would take port 70000 for 4464, waitress an address without a port for its own 8080.
+        if not ports or not all(is_whole_number(port, *RANGES["port"]) for port in ports):
             return "takes addresses such as *:5000, with ports from 0 to 65535"
     return None
 
@@ -150,8 +180,12 @@ def load_application(name: str) -> Callable:
     if not (module and attribute):
         raise SettingError("APP", name, "takes module:attribute, such as app:app")
     try:
+        # By this Flask knows that it is served already: an app.run() left in the module is then skipped with a warning.
+        os.environ["FLASK_RUN_FROM_CLI"] = "true"
         application = pkgutil.resolve_name(name)
-    except Exception as failure:
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as failure:
         problem = f"{type(failure).__name__}: {failure}{where(failure)}"
         raise SettingError("APP", name, problem) from failure
     if not callable(application):
@@ -159,7 +193,7 @@ def load_application(name: str) -> Callable:
     return application
 
 
-def where(failure: Exception) -> str:
+def where(failure: BaseException) -> str:
     """Return the last line of the application's own code that `failure` came through, as text, or nothing."""
     here = pathlib.Path(__file__).parent
     frames = [frame for frame in traceback.extract_tb(failure.__traceback__) if frame.filename != __file__]
@@ -178,44 +212,50 @@ def has_ipv6() -> bool:
 
 
 def addresses(server: BaseWSGIServer | MultiSocketServer) -> list[str]:
-    """Return where `server` listens, as a client would write it."""
+    """Return where `server` listens: URLs, an IPv6 address in brackets, or a Unix socket's path after "unix:"."""
     pairs = getattr(server, "effective_listen", None) or [(server.effective_host, server.effective_port)]
-    urls = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in pairs]
-    return [url.replace("http://unix:", "unix:") for url in urls]
+    if pairs[0][0] == "unix":
+        return [f"unix:{pairs[0][1]}"]
+    return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in pairs]
 
 
-def stop(_signum: int, _frame: FrameType | None) -> NoReturn:
-    """Handle a signal: waitress's run() takes SystemExit as the word to close everything and return."""
-    raise SystemExit(0)
+class SignalPipe(file_dispatcher):
+    """A pipe among waitress's connections, into which Python writes a byte for each signal: it ends poll().
 
-
-def wake_on_signal(channels: dict) -> None:
-    """Let a signal end waitress's select(), which waits on `channels`.
-
-    Python runs a handler between two steps of the program only. A signal that comes after the last step before
-    select(), but before the kernel has begun to wait, would else be noticed when select() times out, a second later.
+    Python runs a signal's handler only between two steps of the program. A signal that comes after the last step before
+    poll(), but before the kernel begins to wait, would else be noticed when poll() times out, a second later.
     """
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end)
-    file_dispatcher(read_end, map=channels)
+
+    def __init__(self, channels: dict) -> None:
+        """Join waitress's `channels`, the map of all that it waits for."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end)
+        super().__init__(read_end, map=channels)
+
+    def writable(self) -> bool:
+        """Tell waitress that there is nothing to write."""
+        return False
+
+    def handle_read(self) -> None:
+        """Throw the bytes away: by now the handlers have run."""
+        self.recv(4096)
 
 
 def main() -> int:
     """Serve until told to stop; return the exit code."""
-    # The kernel keeps from the first process of a container each signal that it has no handler for, and a shell starts
-    # its background jobs with SIGINT ignored: without these two lines `docker stop` takes ten seconds and kills.
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    environ = dict(os.environ) if has_ipv6() else {**os.environ, "WAITRESS_IPV6": "false"}
     try:
-        settings = waitress_settings(os.environ)
-        application = load_application(os.environ.get("APP", "app:app"))
+        settings = waitress_settings(environ)
+        application = load_application(environ.get("APP", "app:app"))
     except SettingError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
-    if not has_ipv6():
-        settings = {"ipv6": "false"} | settings
+    # An application's logging.config.dictConfig() disables the loggers and drops the handlers that it does not name.
+    logging.basicConfig(format=LOG_FORMAT)
+    log.disabled = False
+    log.setLevel(logging.INFO)
     channels: dict = {}
     try:
         server = create_server(application, map=channels, **settings)
@@ -226,7 +266,7 @@ def main() -> int:
     except RuntimeError as error:  # from the threading module: a limit of the container or the machine
         print(f"serve: cannot start {settings.get('threads', Adjustments.threads)} threads: {error}", file=sys.stderr)
         return 2
-    wake_on_signal(channels)
+    SignalPipe(channels)
     for address in addresses(server):
         log.info("Serving on %s", address)
     server.run()

@@ -47,6 +47,8 @@ def compressed(image: str) -> int:
             gzip.GzipFile(fileobj=target, mode="wb", compresslevel=6) as packed,
         ):
             shutil.copyfileobj(save.stdout, packed, 1 << 20)
+        if save.returncode:
+            raise subprocess.CalledProcessError(save.returncode, save.args)
         return target.tell()
 
 
@@ -93,6 +95,7 @@ def main() -> None:
         try:
             table = measure(folder, base, runs)
         finally:
+            run("docker", "rm", "--force", NAME)
             run("docker", "compose", "down", "--rmi", "all", cwd=folder)
     print(f"Medians of {runs} (smallest to largest)\n\n| figure | |\n|---|---|")
     for figure, value in table:

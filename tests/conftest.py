@@ -44,24 +44,12 @@ def base(engine: None) -> str:
 
 
 @pytest.fixture(scope="session")
-def build(base: str) -> Iterator[Callable]:
-    """A function that builds a folder's Dockerfile and returns the image's name; the images go when the tests end."""
-    names = []
-
-    def build(folder: pathlib.Path = ROOT, target: str = "runtime") -> str:
-        names.append(f"flask-helloworld-test:{uuid.uuid4().hex[:12]}")
-        run("docker", "build", "--build-arg", f"PYTHON_IMAGE={base}", "--target", target, "--tag", names[-1], folder)
-        return names[-1]
-
-    yield build
-    for name in names:
-        run("docker", "image", "rm", "--force", name)
-
-
-@pytest.fixture(scope="session")
-def image(build: Callable) -> str:
+def image(base: str) -> Iterator[str]:
     """The image that `docker build .` gives."""
-    return build()
+    name = f"flask-helloworld-test:{uuid.uuid4().hex[:12]}"
+    run("docker", "build", "--build-arg", f"PYTHON_IMAGE={base}", "--tag", name, ROOT)
+    yield name
+    run("docker", "image", "rm", "--force", name)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -43,31 +44,45 @@ def run(*command: object, check: bool = True, **options: object) -> subprocess.C
     return done
 
 
+class Server:
+    """A serve.py that runs in a folder, and what it has written to standard error."""
+
+    def __init__(self, folder: pathlib.Path, **environ: str) -> None:
+        shutil.copy(ROOT / "serve.py", folder)
+        self.log = folder / "serve.log"
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith("WAITRESS_") and name != "APP"
+        }
+        with self.log.open("w") as errors:
+            command = [sys.executable, folder / "serve.py"]
+            self.process = subprocess.Popen(command, env=clean | environ, stderr=errors)
+
+    def listening(self, addresses: int = 1) -> list[str]:
+        """Return the addresses that it says it serves on, as soon as it has said so many."""
+
+        def said() -> list[str]:
+            assert self.process.poll() is None, f"it ended before it served: {self.log.read_text()}"
+            return re.findall(r"Serving on (.+)\n", self.log.read_text())
+
+        return wait_until(lambda: len(said()) >= addresses and said(), 30, f"{addresses} addresses")
+
+    def ended(self) -> tuple[int, str]:
+        """Return the exit code and what was written to standard error, once it has ended."""
+        code = self.process.wait(30)
+        return code, "".join(
+            line for line in self.log.read_text().splitlines(keepends=True) if "Serving on" not in line
+        )
+
+
 @contextmanager
-def server(folder: pathlib.Path, **environ: str) -> Iterator[subprocess.Popen]:
-    """Run serve.py beside the application in `folder`; yield the process, its standard error piped; end it after."""
-    shutil.copy(ROOT / "serve.py", folder)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WAITRESS_") and name != "APP"}
-    process = subprocess.Popen(
-        [sys.executable, folder / "serve.py"], env=clean | environ, stderr=subprocess.PIPE, text=True
-    )
+def server(folder: pathlib.Path, **environ: str) -> Iterator[Server]:
+    """Run serve.py beside the application in `folder`; end it after."""
+    running = Server(folder, **environ)
     try:
-        yield process
+        yield running
     finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-
-
-def listening(process: subprocess.Popen, addresses: int = 1) -> list[str]:
-    """Return the addresses that a starting server says that it serves on, as soon as it has said so many."""
-    said = []
-    for line in process.stderr:
-        if "Serving on " in line:
-            said.append(line.split("Serving on ")[1].strip())
-            if len(said) == addresses:
-                return said
-    raise AssertionError("the server ended before it served")
+        running.process.kill()
+        running.process.wait()
 
 
 class Project:

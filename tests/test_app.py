@@ -1,11 +1,13 @@
 """The routes, the names that are greeted and those that are not, the errors."""
 
+import re
 from collections.abc import Callable
 from urllib.parse import unquote_to_bytes
 
 import pytest
 
 import app as greeting
+from tests.support import ROOT
 
 
 @pytest.fixture
@@ -76,6 +78,14 @@ def test_refuses_a_name(ask: Callable, path: str) -> None:
     """A name that could forge a line, turn text around or hide is answered 400 with the rule, not with itself."""
     answer = ask(path)
     assert (answer.status_code, answer.text) == (400, f"400 Bad Request: {greeting.NAME_RULE}\n")
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the image has no README")
+def test_the_readme_shows_what_is_answered(ask: Callable) -> None:
+    """Each curl in the README prints what stands below it."""
+    shown = re.findall(r"^\$ curl localhost:5000(/\S*)\n(.*\n)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(shown) == 3
+    assert [(path, ask(path).text) for path, _ in shown] == shown
 
 
 def test_health(ask: Callable) -> None:

@@ -2,17 +2,18 @@
 
 import ctypes
 import pathlib
+import resource
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from waitress.adjustments import Adjustments
 
 from serve import RANGES, READERS, waitress_settings
-from tests.support import get, listening, server
+from tests.support import get, server
 
 APPLICATION = """
 def app(environ, start_response):
@@ -34,8 +35,14 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     """A folder with applications: of its own, because serve.py takes any."""
     (tmp_path / "app.py").write_text(APPLICATION)
     (tmp_path / "broken.py").write_text("import os\n\n\nos.environ['NOT_SET']\n")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "library.py").write_text("def connect():\n    raise OSError('no database')\n")
+    library = "import sys\n\nsys.path.append('{}')\nimport library\n\nlibrary.connect()\n"
+    (tmp_path / "uses.py").write_text(library.format(tmp_path / "site-packages"))
     (tmp_path / "needs.py").write_text("import not_installed\n")
     (tmp_path / "typo.py").write_text("def app(:\n")
+    (tmp_path / "leaves.py").write_text("import sys\n\nsys.exit('DATABASE is not set')\n")
+    (tmp_path / "runs.py").write_text("import flask\n\napp = flask.Flask(__name__)\napp.run(host='0.0.0.0', port=1)\n")
     (tmp_path / "lines.py").write_text("raise ValueError('one\\ntwo')\n")
     return tmp_path
 
@@ -47,16 +54,10 @@ def taken() -> Iterator[int]:
         yield other.getsockname()[1]
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Return the exit code and what was written to standard error, once the process has ended."""
-    _, errors = process.communicate(timeout=30)
-    return process.returncode, errors
-
-
 def test_serves_without_a_banner(folder: pathlib.Path) -> None:
     """The application answers, with nothing in the headers of what serves it."""
-    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as process:
-        [url] = listening(process)
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as running:
+        [url] = running.listening()
         assert get(url + "/here") == (200, "/here")
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, port), 10) as connection:
@@ -81,8 +82,8 @@ def test_serves_without_a_banner(folder: pathlib.Path) -> None:
 )
 def test_listens(folder: pathlib.Path, environ: dict[str, str], hosts: list[str]) -> None:
     """It listens on IPv4 and IPv6 unless told to do otherwise, and logs an address of each as one can use it."""
-    with server(folder, **environ) as process:
-        urls = listening(process, addresses=len(hosts))
+    with server(folder, **environ) as running:
+        urls = running.listening(addresses=len(hosts))
         for url, host in zip(urls, hosts, strict=True):
             port = url.rpartition(":")[2]
             assert get(f"http://{host}:{port}/") == (200, "/")
@@ -97,65 +98,65 @@ def test_listens_on_port_5000_by_default() -> None:
 def test_listens_on_a_unix_socket(folder: pathlib.Path) -> None:
     """WAITRESS_UNIX_SOCKET takes the place of addresses, with the permissions asked for."""
     path = folder / "socket"
-    with server(folder, WAITRESS_UNIX_SOCKET=str(path), WAITRESS_UNIX_SOCKET_PERMS="660") as process:
-        assert listening(process) == [f"unix:{path}"]
+    with server(folder, WAITRESS_UNIX_SOCKET=str(path), WAITRESS_UNIX_SOCKET_PERMS="660") as running:
+        assert running.listening() == [f"unix:{path}"]
         assert path.stat().st_mode & 0o777 == 0o660
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ends_on_a_signal(folder: pathlib.Path, number: signal.Signals) -> None:
     """SIGTERM and SIGINT end an idle server with exit code 0 and no complaint, keep-alive connection or not."""
-    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as process:
-        [url] = listening(process)
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as running:
+        [url] = running.listening()
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, port), 10) as connection:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-            process.send_signal(number)
-            assert ended(process) == (0, "")
+            running.process.send_signal(number)
+            assert running.ended() == (0, "")
 
 
 def test_ends_on_sigint_as_a_background_job(folder: pathlib.Path) -> None:
     """SIGINT works where a shell has started the server in the background, that is with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child process inherits
     try:
-        with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as process:
+        with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as running:
             signal.signal(signal.SIGINT, before)
-            listening(process)
-            process.send_signal(signal.SIGINT)
-            assert ended(process) == (0, "")
+            running.listening()
+            running.process.send_signal(signal.SIGINT)
+            assert running.ended() == (0, "")
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals to one thread are sent as on Linux")
 def test_ends_at_once_whenever_the_signal_comes(folder: pathlib.Path) -> None:
-    """A signal that does not interrupt select() ends it all the same, not only when select() times out."""
-    # Such a signal comes just before select(); or, as here, to another thread: to be seen in the main thread's turn.
-    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", WAITRESS_ASYNCORE_LOOP_TIMEOUT="600") as process:
-        listening(process)
-        threads = [int(task.name) for task in pathlib.Path(f"/proc/{process.pid}/task").iterdir()]
-        assert ctypes.CDLL(None).tgkill(process.pid, max(threads), signal.SIGTERM) == 0
-        assert max(threads) != process.pid
-        assert ended(process) == (0, "")
+    """A signal that does not interrupt poll() ends it all the same, not only when poll() times out."""
+    # Such a signal comes just before poll(); or, as here, to another thread: to be seen in the main thread's turn.
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", WAITRESS_ASYNCORE_LOOP_TIMEOUT="600") as running:
+        running.listening()
+        threads = [int(task.name) for task in pathlib.Path(f"/proc/{running.process.pid}/task").iterdir()]
+        assert ctypes.CDLL(None).tgkill(running.process.pid, max(threads), signal.SIGTERM) == 0
+        assert max(threads) != running.process.pid
+        assert running.ended() == (0, "")
 
 
 def test_application_by_name(folder: pathlib.Path) -> None:
     """APP names the application as module:attribute, with dots in either."""
-    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP="app:Group.inner") as process:
-        assert get(listening(process)[0] + "/here") == (200, "/here")
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP="app:Group.inner") as running:
+        assert get(running.listening()[0] + "/here") == (200, "/here")
 
 
 def test_crash_tells_the_client_nothing(folder: pathlib.Path) -> None:
     """An application that raises is answered 500 without its traceback; the log has it; the server goes on."""
-    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP="app:fails") as process:
-        [url] = listening(process)
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP="app:fails") as running:
+        [url] = running.listening()
         for _ in range(2):
             status, body = get(url + "/")
             assert status == 500
             assert "secret" not in body
-        process.send_signal(signal.SIGTERM)
-        assert ended(process)[1].count("RuntimeError: secret") == 2
+        running.process.send_signal(signal.SIGTERM)
+        assert running.ended()[1].count("RuntimeError: secret") == 2
 
 
 @pytest.mark.parametrize(
@@ -174,13 +175,15 @@ def test_crash_tells_the_client_nothing(folder: pathlib.Path) -> None:
         ("broken:app", "broken.py, line 4)"),
         ("broken:app", "KeyError: 'NOT_SET'"),
         ("typo:app", "SyntaxError"),
+        ("uses:app", "uses.py, line 6)"),
+        ("leaves:app", "SystemExit: DATABASE is not set"),
         ("lines:app", "ValueError: one two"),
     ],
 )
 def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> None:
     """An APP that is none ends the start with exit code 2 and one line that says what is wrong with it."""
-    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP=name) as process:
-        code, errors = ended(process)
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP=name) as running:
+        code, errors = running.ended()
     assert code == 2
     assert errors.startswith(f"serve: APP={name!r}: ")
     assert problem in errors
@@ -200,16 +203,21 @@ def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> Non
         ("THREADS", "9" * 5000, "takes a whole number from 1 to 10000"),
         ("PORT", "http", "takes a whole number from 0 to 65535"),
         ("PORT", "65536", "takes a whole number from 0 to 65535"),
-        ("CONNECTION_LIMIT", "5", "takes a whole number from 6 to 2147483647"),
+        ("CONNECTION_LIMIT", "5", "connection_limit has to be more than 5, which the server needs itself"),
         ("CHANNEL_TIMEOUT", "2min", "takes a whole number from 1 to 2147483647"),
         ("IPV6", "ture", "takes true or false"),
         ("EXPOSE_TRACEBACKS", "", "takes true or false"),
         ("UNIX_SOCKET_PERMS", "rw", "takes permissions as octal digits, such as 660"),
+        ("UNIX_SOCKET_PERMS", "77777", "takes permissions as octal digits, such as 660"),
         ("UNIX_SOCKET_PERMS", "680", "takes permissions as octal digits, such as 660"),
         ("UNIX_SOCKET", "", "takes a path"),
         ("LISTEN", "", "takes addresses such as *:5000, with ports from 0 to 65535"),
         ("LISTEN", "*:5000 *:70000", "takes addresses such as *:5000, with ports from 0 to 65535"),
-        ("LISTEN", "*:nonsense", "Invalid host/port"),
+        ("LISTEN", "*:nonsense", "takes addresses such as *:5000, with ports from 0 to 65535"),
+        ("LISTEN", "127.0.0.1:+80", "takes addresses such as *:5000, with ports from 0 to 65535"),
+        ("LISTEN", "127.0.0.1", "takes addresses such as *:5000, with ports from 0 to 65535"),
+        ("LISTEN", "[::1]", "takes addresses such as *:5000, with ports from 0 to 65535"),
+        ("IDENT", "a\nb", "takes printable characters"),
         ("LISTEN", "no.such.host.invalid:5000", "Invalid host/port"),
         ("TRUSTED_PROXY_COUNT", "1", "no meaning without setting trusted_proxy"),
         ("TREADS", "8", "waitress has no such setting; did you mean WAITRESS_THREADS?"),
@@ -220,8 +228,8 @@ def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> Non
 )
 def test_wrong_setting(folder: pathlib.Path, variable: str, value: str, problem: str) -> None:
     """A setting that waitress has not or cannot use ends the start with exit code 2 and one line that names it."""
-    with server(folder, **{f"WAITRESS_{variable}": value}) as process:
-        code, errors = ended(process)
+    with server(folder, **{f"WAITRESS_{variable}": value}) as running:
+        code, errors = running.ended()
     assert code == 2
     assert errors.startswith(f"serve: WAITRESS_{variable}={value!r}: ")
     assert problem in errors
@@ -236,7 +244,7 @@ def test_wrong_setting(folder: pathlib.Path, variable: str, value: str, problem:
         ({"WAITRESS_HOST": "127.0.0.1", "WAITRESS_IPV4": "no"}, "WAITRESS_HOST"),
         ({"WAITRESS_THREADS": "8", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}, "WAITRESS_TRUSTED_PROXY_COUNT"),
         ({"WAITRESS_IPV4": "no", "WAITRESS_IPV6": "no"}, "WAITRESS_IPV4"),
-        ({"WAITRESS_LISTEN": "*:x", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}, "WAITRESS_*"),
+        ({"WAITRESS_LISTEN": "no.such.host.invalid:1", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}, "WAITRESS_*"),
         (
             {"WAITRESS_TRUSTED_PROXY": "*", "WAITRESS_TRUSTED_PROXY_HEADERS": "x-real-ip"},
             "WAITRESS_TRUSTED_PROXY_HEADERS",
@@ -245,8 +253,8 @@ def test_wrong_setting(folder: pathlib.Path, variable: str, value: str, problem:
 )
 def test_settings_that_exclude_each_other(folder: pathlib.Path, environ: dict[str, str], named: str) -> None:
     """Settings that waitress does not take together end the start as a wrong one does; one to blame is named."""
-    with server(folder, **environ) as process:
-        code, errors = ended(process)
+    with server(folder, **environ) as running:
+        code, errors = running.ended()
     assert code == 2
     assert errors.startswith(f"serve: {named}=")
     assert errors.count("\n") == 1
@@ -254,15 +262,15 @@ def test_settings_that_exclude_each_other(folder: pathlib.Path, environ: dict[st
 
 def test_taken_port(folder: pathlib.Path, taken: int) -> None:
     """A port that is taken ends the start with exit code 1 and one line that names it."""
-    with server(folder, WAITRESS_LISTEN=f"127.0.0.1:{taken}") as process:
-        assert ended(process) == (1, f"serve: cannot listen on 127.0.0.1:{taken}: Address already in use\n")
+    with server(folder, WAITRESS_LISTEN=f"127.0.0.1:{taken}") as running:
+        assert running.ended() == (1, f"serve: cannot listen on 127.0.0.1:{taken}: Address already in use\n")
 
 
 def test_socket_path_too_long(folder: pathlib.Path) -> None:
     """An address that the kernel does not take ends the start with exit code 1 and one line that says why."""
     path = f"/tmp/{'x' * 200}"
-    with server(folder, WAITRESS_UNIX_SOCKET=path) as process:
-        assert ended(process) == (1, f"serve: cannot listen on {path}: AF_UNIX path too long\n")
+    with server(folder, WAITRESS_UNIX_SOCKET=path) as running:
+        assert running.ended() == (1, f"serve: cannot listen on {path}: AF_UNIX path too long\n")
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
@@ -272,11 +280,63 @@ def test_ends_of_the_ranges(name: str, end: int) -> None:
     assert waitress_settings({f"WAITRESS_{name.upper()}": str(RANGES[name][end])})[name] == str(RANGES[name][end])
 
 
-def test_smallest_connection_limit(folder: pathlib.Path) -> None:
-    """With the smallest connection_limit that is taken the server still answers."""
-    with server(folder, WAITRESS_PORT="0", WAITRESS_CONNECTION_LIMIT=str(RANGES["connection_limit"][0])) as process:
-        port = listening(process)[0].rpartition(":")[2]
+@pytest.mark.parametrize(("listen", "limit"), [("*:0", "6"), ("127.0.0.1:0", "4"), ("*:0 127.0.0.2:0", "8")])
+def test_smallest_connection_limit(folder: pathlib.Path, listen: str, limit: str) -> None:
+    """With the smallest connection_limit that is taken the server still answers; it takes none below that."""
+    with server(folder, WAITRESS_LISTEN=listen, WAITRESS_CONNECTION_LIMIT=limit) as running:
+        port = running.listening()[0].rpartition(":")[2]
         assert get(f"http://127.0.0.1:{port}/") == (200, "/")
+    with server(folder, WAITRESS_LISTEN=listen, WAITRESS_CONNECTION_LIMIT=str(int(limit) - 1)) as running:
+        assert running.ended()[0] == 2
+
+
+def test_goes_on_after_a_signal_of_the_application(folder: pathlib.Path) -> None:
+    """A signal that the application handles itself disturbs nothing: the server neither spins nor logs."""
+    (folder / "app.py").write_text("import signal\n\nsignal.signal(signal.SIGUSR1, lambda *_: None)\n" + APPLICATION)
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as running:
+        [url] = running.listening()
+        for _ in range(10):
+            running.process.send_signal(signal.SIGUSR1)
+            assert get(url + "/")[0] == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.ended() == (0, "")
+
+
+def test_an_app_run_left_in_the_module(folder: pathlib.Path) -> None:
+    """Flask's development server does not start in place of ours, whatever the module calls."""
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP="runs:app") as running:
+        assert get(running.listening()[0] + "/")[0] == 404
+
+
+def test_says_where_it_serves_whatever_the_logging(folder: pathlib.Path) -> None:
+    """An application that configures logging for itself does not silence the server's own line."""
+    config = "import logging.config\n\nlogging.config.dictConfig({'version': 1, 'root': {'level': 'WARNING'}})\n"
+    (folder / "app.py").write_text(config + APPLICATION)
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as running:
+        assert running.listening()
+
+
+def test_more_connections_than_select_takes(folder: pathlib.Path) -> None:
+    """With connection_limit raised, file descriptors above 1024 are served as the others are."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with (
+        ExitStack() as idle,
+        server(folder, WAITRESS_LISTEN="127.0.0.1:0", WAITRESS_CONNECTION_LIMIT="4000") as running,
+    ):
+        [url] = running.listening()
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(1100):
+            idle.enter_context(socket.create_connection((host, port), 10))
+        assert get(url + "/") == (200, "/")
+
+
+def test_a_large_body_is_refused(folder: pathlib.Path) -> None:
+    """A body of more than 1 MiB is answered 413 before it is sent: it would be kept in memory."""
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0") as running:
+        host, port = running.listening()[0].removeprefix("http://").split(":")
+        with socket.create_connection((host, port), 10) as connection:
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048577\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.filterwarnings("ignore:send_bytes will be removed:DeprecationWarning")
