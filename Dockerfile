@@ -8,7 +8,7 @@ FROM ${PYTHON_IMAGE} AS builder
 RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
     --mount=type=cache,target=/root/.cache/pip \
     pip wheel --require-hashes --only-binary=:all: --wheel-dir=/wheels --requirement=/lock/requirements.txt
-# pip works on the environment from outside: nothing that could install anything gets into the image.
+# pip works on the environment from outside: nothing that could install anything gets into it.
 RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
     python -m venv --without-pip /opt/venv \
     && pip --python=/opt/venv install --no-cache-dir --no-index --find-links=/wheels --require-hashes --no-compile \
@@ -18,7 +18,7 @@ RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
 # ---- bytecode: compiles the part of the standard library that is in use -----------------------------------------------
 # The official slim image has no bytecode, and a container on a read-only file system would compile every module again
 # at each start. By hash instead of time stamp, bytecode stays valid when a copy or a reproducible build changes times;
-# unchecked, because nobody edits the standard library of an image.
+# unchecked, because nobody edits what is installed in an image.
 FROM scratch AS bytecode
 COPY <<'PYTHON' /stdlib.py
 """stdlib.py FOLDER: compile the modules of the standard library that the sources in FOLDER import, and theirs."""

@@ -58,7 +58,7 @@ DEFAULTS = {
     "max_request_body_size": str(2**20),
 }
 
-# The settings of waitress and how it reads each. It has no public list; a test fails if a release reads them otherwise.
+# The settings of waitress and how it reads each. It has no public list; a test gives each its own default to read.
 # `sockets` takes socket objects, which no variable can hold.
 READERS: dict[str, Callable] = {name: read for name, read in Adjustments._params if name != "sockets"}  # noqa: SLF001
 

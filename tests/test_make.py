@@ -68,7 +68,7 @@ def test_up_without_health(no_engine: Project) -> None:
     "line", ["PORT={}", 'PORT="{}"', "PORT='{}'", "PORT={} # a comment", "PORT=1\nPORT={}", "export PORT = {}"]
 )
 def test_reads_the_env_file(copy: Project, line: str) -> None:
-    """A file .env means the same without an engine as to compose, and the environment comes before it."""
+    """Lines NAME=value in a file .env count without an engine too, and the environment comes before them."""
     copy.environ["BIND"] = ""
     del copy.environ["PORT"]
     (copy.folder / ".env").write_text(f"# comment\n{line.format(5001)}\nBIND=127.0.0.2\n")
