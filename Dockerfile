@@ -70,7 +70,9 @@ RUN --mount=type=bind,from=bytecode,target=/bytecode \
 
 # From here on the code: editing it repeats the steps below, not those above. All of it belongs to root and cannot be
 # written by the user that runs it; the mode is set because a clone's umask would come along.
-COPY --chmod=0644 app.py serve.py healthcheck.py ./
+COPY --chmod=0644 app.py healthcheck.py ./
+# Folders need the x.
+COPY --chmod=0755 serve serve
 # Checked, so that a file mounted over the image's own takes effect.
 RUN --mount=type=bind,from=bytecode,target=/bytecode \
     python -B -m compileall -q --invalidation-mode=checked-hash . \
@@ -83,7 +85,7 @@ STOPSIGNAL SIGTERM
 # Quick while it starts, so that whoever waits for healthy waits no longer than it takes. -IS: see healthcheck.py.
 HEALTHCHECK --interval=10s --timeout=3s --retries=3 --start-period=10s --start-interval=0.2s \
     CMD ["python", "-IS", "/app/healthcheck.py"]
-CMD ["python", "serve.py"]
+CMD ["python", "-m", "serve"]
 
 # ---- test: the same, and the tests with what they need ----------------------------------------------------------------
 # An environment in the same place, of which `test` takes what the other has not. Of its own, so that `lock` can be built

@@ -1,6 +1,6 @@
 # Each target is a line or two over a command that also works by itself.
 .DEFAULT_GOAL := help
-.PHONY: help up down serve test lock upgrade check up-venv down-venv lock-venv
+.PHONY: help up down serve test lock upgrade check bench up-venv down-venv lock-venv
 
 PYTHON ?= python3
 
@@ -34,7 +34,7 @@ down: down-venv ## stop and remove what `make up` started
 
 serve: export WAITRESS_LISTEN = $(BIND):$(PORT)
 serve: .venv/runtime ## serve from .venv in the foreground
-	.venv/bin/python serve.py
+	.venv/bin/python -m serve
 
 test: .venv/dev ## run every test that this machine can run; REQUIRE_DOCKER=1 fails those that lack Docker
 	.venv/bin/python -m pytest
@@ -59,6 +59,10 @@ check: .venv/dev ## lint Python, Dockerfile and shell; fail if a lock is not wha
 	    && for lock in requirements*.txt; do diff "$$lock" "$$fresh/$$lock" \
 	        || { echo "$$lock is not what its .in file asks for; run: make lock" >&2; exit 1; }; done
 
+bench: ## measure the image and the service beside the alternatives; takes Docker, wrk, slowhttptest and minutes
+	$(PYTHON) bench/container.py
+	$(PYTHON) bench/service.py
+
 # --- Without Docker ---------------------------------------------------------------------------------------------------
 
 # Two locks, in this order: the second is constrained by the first.
@@ -79,8 +83,9 @@ PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-che
 
 # The log says when it listens: a probe alone might ask something else on that port. 150 times 0.1 s at most.
 up-venv: export WAITRESS_LISTEN = $(BIND):$(PORT)
+up-venv: export LOG_LEVEL = INFO
 up-venv: down-venv .venv/runtime
-	@rm -f .serve.log; nohup .venv/bin/python serve.py >.serve.log 2>&1 </dev/null & \
+	@rm -f .serve.log; nohup .venv/bin/python -m serve >.serve.log 2>&1 </dev/null & \
 	pid=$$!; echo "$$pid" >.serve.pid; tries=150; \
 	until { grep -q 'Serving on' .serve.log 2>/dev/null && .venv/bin/python -IS healthcheck.py >.serve.health; } \
 	    || ! kill -0 "$$pid" 2>/dev/null || [ "$$tries" = 0 ]; do tries=$$((tries - 1)); sleep 0.1; done; \
@@ -90,7 +95,7 @@ up-venv: down-venv .venv/runtime
 # By number and name, where ps can tell the name: the number alone may be another process's by now.
 down-venv:
 	@if pid=$$(cat .serve.pid 2>/dev/null) && kill -0 "$$pid" 2>/dev/null \
-	    && { ! command -v ps >/dev/null || ps -p "$$pid" -o args= | grep -q 'python.* serve\.py'; }; then \
+	    && { ! command -v ps >/dev/null || ps -p "$$pid" -o args= | grep -q 'python.* -m serve'; }; then \
 	    kill "$$pid"; tries=100; \
 	    while kill -0 "$$pid" 2>/dev/null; do tries=$$((tries - 1)); sleep 0.1; \
 	        if [ "$$tries" = 0 ]; then echo "process $$pid (.serve.pid) does not end" >&2; exit 1; fi; done; fi

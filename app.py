@@ -1,4 +1,4 @@
-"""The greeting service: a Flask application, and nothing about how it is served (serve.py does that).
+"""The greeting service: a Flask application, and nothing about how it is served (serve does that).
 
 To develop, with reload and debugger on this machine alone:
 
@@ -62,8 +62,10 @@ def hello_name(name: str) -> Response:
 
 @app.get("/health")
 def health() -> Response:
-    """Tell that requests are answered. A cache must never tell it in our place."""
-    response = Response(json.dumps({"status": "ok"}) + "\n", mimetype="application/json")
+    """Tell that requests are answered, until the server says that it is about to stop. No cache may tell it for us."""
+    draining = request.environ.get("serve.draining", False)
+    body = json.dumps({"status": "draining" if draining else "ok"})
+    response = Response(f"{body}\n", status=503 if draining else 200, mimetype="application/json")
     response.cache_control.no_store = True
     return response
 

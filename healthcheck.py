@@ -3,7 +3,7 @@
     python -IS healthcheck.py
 
 It runs every few seconds beside the server, so it is light: no site-packages (-S), and a bare socket, because
-http.client would double the time it takes. It asks where serve.py listens, by the same variables.
+http.client would double the time it takes. It asks where serve listens, by the same variables.
 """
 
 import os
@@ -20,7 +20,7 @@ LOOPBACK = {"*": ["127.0.0.1", "::1"], "0.0.0.0": ["127.0.0.1"], "::": ["::1"]}
 
 
 def address(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return the host and port on which serve.py listens (of several, the first), or its Unix socket's path and ""."""
+    """Return the host and port on which serve listens (of several, the first), or its Unix socket's path and ""."""
     if path := environ.get("WAITRESS_UNIX_SOCKET"):
         return path, ""
     if listen := environ.get("WAITRESS_LISTEN", "").split():

@@ -1,9 +1,12 @@
 """What several test modules need: waiting, asking over HTTP, running commands, copies of the project."""
 
+import json
 import os
 import pathlib
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,40 +47,92 @@ def run(*command: object, check: bool = True, **options: object) -> subprocess.C
     return done
 
 
-class Server:
-    """A serve.py that runs in a folder, and what it has written to standard error."""
+def rest(connection: socket.socket) -> bytes:
+    """Return what a connection brings until it is closed."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
 
-    def __init__(self, folder: pathlib.Path, **environ: str) -> None:
-        shutil.copy(ROOT / "serve.py", folder)
-        self.log = folder / "serve.log"
-        clean = {
-            name: value for name, value in os.environ.items() if not name.startswith("WAITRESS_") and name != "APP"
-        }
-        with self.log.open("w") as errors:
-            command = [sys.executable, folder / "serve.py"]
-            self.process = subprocess.Popen(command, env=clean | environ, stderr=errors)
+
+def statuses(answers: bytes) -> list[int]:
+    """Return the status of each answer in what a server has sent."""
+    return [int(code) for code in re.findall(rb"HTTP/1\.[01] ([0-9]{3}) ", answers)]
+
+
+class Server:
+    """`python -m serve` in a folder with an application, and what it has written."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        files: tuple[int, int] | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        **environ: str,
+    ) -> None:
+        """Start it; `files` are its soft and hard limit of open files, `stdout` and `stderr` where its logs go."""
+        shutil.copytree(ROOT / "serve", folder / "serve", dirs_exist_ok=True)
+        self.log, self.access_log = folder / "serve.log", folder / "access.log"
+        own = re.compile("(WAITRESS|SHUTDOWN)_.*|APP|READ_TIMEOUT|ACCESS_LOG|LOG_LEVEL")
+        clean = {name: value for name, value in os.environ.items() if not own.fullmatch(name)}
+        with self.log.open("w") as errors, self.access_log.open("w") as access:
+            command = [sys.executable, "-m", "serve"]
+            if files:
+                limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({}, {})); os.execv(*{})"
+                command = [sys.executable, "-c", limit.format(*files, (sys.executable, command))]
+            streams = {"stdout": access if stdout is None else stdout, "stderr": errors if stderr is None else stderr}
+            self.process = subprocess.Popen(command, env=clean | environ, cwd=folder, **streams)
+
+    def logged(self) -> list[dict]:
+        """Return the entries of the log on standard error so far."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def messages(self) -> list[str]:
+        """Return the messages among them, without those of a usual start and stop."""
+        usual = re.compile("Serving on .*|Draining: .*|Closing: .* in work: 0|Stopped")
+        return [entry["message"] for entry in self.logged() if not usual.fullmatch(entry["message"])]
+
+    def requests(self, count: int) -> list[dict]:
+        """Return the entries of the access log, once there are so many; fail if there are more."""
+        entries = wait_until(
+            lambda: (lines := self.access_log.read_text().splitlines()) and len(lines) >= count and lines,
+            10,
+            f"{count} lines in the access log",
+        )
+        assert len(entries) == count
+        return [json.loads(line) for line in entries]
 
     def listening(self, addresses: int = 1) -> list[str]:
         """Return the addresses that it says it serves on, as soon as it has said so many."""
 
         def said() -> list[str]:
             assert self.process.poll() is None, f"it ended before it served: {self.log.read_text()}"
-            return re.findall(r"Serving on (.+)\n", self.log.read_text())
+            return re.findall(r'"Serving on ([^"]+)"', self.log.read_text())
 
         return wait_until(lambda: len(said()) >= addresses and said(), 30, f"{addresses} addresses")
 
-    def ended(self) -> tuple[int, str]:
-        """Return the exit code and what was written to standard error, once it has ended."""
-        code = self.process.wait(30)
-        return code, "".join(
-            line for line in self.log.read_text().splitlines(keepends=True) if "Serving on" not in line
-        )
+    def connect(self) -> socket.socket:
+        """Return a connection to the first address."""
+        host, port = self.listening()[0].removeprefix("http://").rsplit(":", 1)
+        return socket.create_connection((host.strip("[]"), port), 30)
+
+    def exchange(self, sent: bytes) -> bytes:
+        """Return what comes back on a connection of its own until the server closes it."""
+        with self.connect() as connection:
+            connection.sendall(sent)
+            return rest(connection)
+
+    def stop(self) -> None:
+        """Tell it to stop."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def ended(self) -> int:
+        """Return the exit code, once it has ended."""
+        return self.process.wait(30)
 
 
 @contextmanager
-def server(folder: pathlib.Path, **environ: str) -> Iterator[Server]:
-    """Run serve.py beside the application in `folder`; end it after."""
-    running = Server(folder, **environ)
+def server(folder: pathlib.Path, **options: object) -> Iterator[Server]:
+    """Run the server beside the application in `folder`; end it after."""
+    running = Server(folder, **options)
     try:
         yield running
     finally:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from healthcheck import address
-from serve import waitress_settings
+from serve.settings import waitress_settings
 from tests.support import ROOT, server
 
 
@@ -154,7 +154,7 @@ def port() -> int:
     ids=lambda variables: " ".join(map("=".join, variables.items())),
 )
 def test_follows_the_server(folder: pathlib.Path, port: int, variables: dict[str, str]) -> None:
-    """By the same variables as serve.py the probe finds it: healthy while it runs, unhealthy when it is gone."""
+    """By the same variables as serve the probe finds it: healthy while it runs, unhealthy when it is gone."""
     environ = {f"WAITRESS_{name}": value.format(port=port, folder=folder) for name, value in variables.items()}
     with server(folder, **environ) as running:
         running.listening()
@@ -166,7 +166,7 @@ def test_follows_the_server(folder: pathlib.Path, port: int, variables: dict[str
 
 
 def test_default_port() -> None:
-    """Where nothing is set, it is the port that serve.py then takes."""
+    """Where nothing is set, it is the port that serve then takes."""
     settings = waitress_settings({})
     assert address({}) == (settings["host"], settings["port"])
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 from waitress.adjustments import Adjustments
 
-from serve import RANGES, READERS, waitress_settings
+from serve.settings import RANGES, READERS, waitress_settings
 from tests.support import get, server
 
 APPLICATION = """
@@ -113,7 +113,8 @@ def test_ends_on_a_signal(folder: pathlib.Path, number: signal.Signals) -> None:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
             running.process.send_signal(number)
-            assert running.ended() == (0, "")
+            assert running.ended() == 0
+            assert running.messages() == []
 
 
 def test_ends_on_sigint_as_a_background_job(folder: pathlib.Path) -> None:
@@ -124,7 +125,8 @@ def test_ends_on_sigint_as_a_background_job(folder: pathlib.Path) -> None:
             signal.signal(signal.SIGINT, before)
             running.listening()
             running.process.send_signal(signal.SIGINT)
-            assert running.ended() == (0, "")
+            assert running.ended() == 0
+            assert running.messages() == []
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -138,7 +140,8 @@ def test_ends_at_once_whenever_the_signal_comes(folder: pathlib.Path) -> None:
         threads = [int(task.name) for task in pathlib.Path(f"/proc/{running.process.pid}/task").iterdir()]
         assert ctypes.CDLL(None).tgkill(running.process.pid, max(threads), signal.SIGTERM) == 0
         assert max(threads) != running.process.pid
-        assert running.ended() == (0, "")
+        assert running.ended() == 0
+        assert running.messages() == []
 
 
 def test_application_by_name(folder: pathlib.Path) -> None:
@@ -155,8 +158,7 @@ def test_crash_tells_the_client_nothing(folder: pathlib.Path) -> None:
             status, body = get(url + "/")
             assert status == 500
             assert "secret" not in body
-        running.process.send_signal(signal.SIGTERM)
-        assert running.ended()[1].count("RuntimeError: secret") == 2
+        assert [entry["exception"].count("RuntimeError: secret") for entry in running.logged()[1:]] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -183,8 +185,8 @@ def test_crash_tells_the_client_nothing(folder: pathlib.Path) -> None:
 def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> None:
     """An APP that is none ends the start with exit code 2 and one line that says what is wrong with it."""
     with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP=name) as running:
-        code, errors = running.ended()
-    assert code == 2
+        assert running.ended() == 2
+        errors = running.log.read_text()
     assert errors.startswith(f"serve: APP={name!r}: ")
     assert problem in errors
     assert errors.count("\n") == 1
@@ -219,6 +221,12 @@ def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> Non
         ("LISTEN", "[::1]", "takes addresses such as *:5000, with ports from 0 to 65535"),
         ("IDENT", "a\nb", "takes printable characters"),
         ("LISTEN", "no.such.host.invalid:5000", "Invalid host/port"),
+        ("TRUSTED_PROXY", "10.0.0.0/8", "takes the proxy's IP address"),
+        ("TRUSTED_PROXY", "proxy", "takes the proxy's IP address"),
+        ("TRUSTED_PROXY", "", "takes the proxy's IP address"),
+        ("TRUSTED_PROXY", "10.0.0.1 10.0.0.2", "takes the proxy's IP address"),
+        ("TRUSTED_PROXY", "0:0:0:0:0:0:0:1", "takes the proxy's IP address"),
+        ("URL_SCHEME", "ftp", "takes http or https"),
         ("TRUSTED_PROXY_COUNT", "1", "no meaning without setting trusted_proxy"),
         ("TREADS", "8", "waitress has no such setting; did you mean WAITRESS_THREADS?"),
         ("threads", "8", "waitress has no such setting; did you mean WAITRESS_THREADS?"),
@@ -226,14 +234,40 @@ def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> Non
         ("", "8", "waitress has no such setting"),
     ],
 )
-def test_wrong_setting(folder: pathlib.Path, variable: str, value: str, problem: str) -> None:
+def test_wrong_waitress_setting(folder: pathlib.Path, variable: str, value: str, problem: str) -> None:
     """A setting that waitress has not or cannot use ends the start with exit code 2 and one line that names it."""
     with server(folder, **{f"WAITRESS_{variable}": value}) as running:
-        code, errors = running.ended()
-    assert code == 2
+        assert running.ended() == 2
+        errors = running.log.read_text()
     assert errors.startswith(f"serve: WAITRESS_{variable}={value!r}: ")
     assert problem in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        *[
+            ("READ_TIMEOUT", value, "takes seconds, from 0.1 to 86400")
+            for value in ("", "0", "-1", "ten", "86401", "1e3")
+        ],
+        *[
+            ("SHUTDOWN_DELAY", value, "takes seconds, from 0 to 86400")
+            for value in ("", "-1", "5s", "inf", "nan", "1.")
+        ],
+        *[
+            ("SHUTDOWN_TIMEOUT", value, "takes seconds, from 0 to 86400")
+            for value in ("", " 8", "8,5", "999999", "\u0668")
+        ],
+        *[("ACCESS_LOG", value, "takes 0 or 1") for value in ("", "2", "true", "no")],
+        *[("LOG_LEVEL", value, "takes DEBUG, INFO, WARNING, ERROR or CRITICAL") for value in ("", "info", "LOUD")],
+    ],
+)
+def test_wrong_variable(folder: pathlib.Path, variable: str, value: str, problem: str) -> None:
+    """A variable of the server's own that it cannot use ends the start with exit code 2 and one line that says why."""
+    with server(folder, **{variable: value}) as running:
+        assert running.ended() == 2
+        assert running.log.read_text() == f"serve: {variable}={value!r}: {problem}\n"
 
 
 @pytest.mark.parametrize(
@@ -254,8 +288,8 @@ def test_wrong_setting(folder: pathlib.Path, variable: str, value: str, problem:
 def test_settings_that_exclude_each_other(folder: pathlib.Path, environ: dict[str, str], named: str) -> None:
     """Settings that waitress does not take together end the start as a wrong one does; one to blame is named."""
     with server(folder, **environ) as running:
-        code, errors = running.ended()
-    assert code == 2
+        assert running.ended() == 2
+        errors = running.log.read_text()
     assert errors.startswith(f"serve: {named}=")
     assert errors.count("\n") == 1
 
@@ -263,14 +297,16 @@ def test_settings_that_exclude_each_other(folder: pathlib.Path, environ: dict[st
 def test_taken_port(folder: pathlib.Path, taken: int) -> None:
     """A port that is taken ends the start with exit code 1 and one line that names it."""
     with server(folder, WAITRESS_LISTEN=f"127.0.0.1:{taken}") as running:
-        assert running.ended() == (1, f"serve: cannot listen on 127.0.0.1:{taken}: Address already in use\n")
+        assert running.ended() == 1
+        assert running.log.read_text() == f"serve: cannot listen on 127.0.0.1:{taken}: Address already in use\n"
 
 
 def test_socket_path_too_long(folder: pathlib.Path) -> None:
     """An address that the kernel does not take ends the start with exit code 1 and one line that says why."""
     path = f"/tmp/{'x' * 200}"
     with server(folder, WAITRESS_UNIX_SOCKET=path) as running:
-        assert running.ended() == (1, f"serve: cannot listen on {path}: AF_UNIX path too long\n")
+        assert running.ended() == 1
+        assert running.log.read_text() == f"serve: cannot listen on {path}: AF_UNIX path too long\n"
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
@@ -287,7 +323,7 @@ def test_smallest_connection_limit(folder: pathlib.Path, listen: str, limit: str
         port = running.listening()[0].rpartition(":")[2]
         assert get(f"http://127.0.0.1:{port}/") == (200, "/")
     with server(folder, WAITRESS_LISTEN=listen, WAITRESS_CONNECTION_LIMIT=str(int(limit) - 1)) as running:
-        assert running.ended()[0] == 2
+        assert running.ended() == 2
 
 
 def test_goes_on_after_a_signal_of_the_application(folder: pathlib.Path) -> None:
@@ -299,7 +335,8 @@ def test_goes_on_after_a_signal_of_the_application(folder: pathlib.Path) -> None
             running.process.send_signal(signal.SIGUSR1)
             assert get(url + "/")[0] == 200
         running.process.send_signal(signal.SIGTERM)
-        assert running.ended() == (0, "")
+        assert running.ended() == 0
+        assert running.messages() == []
 
 
 def test_an_app_run_left_in_the_module(folder: pathlib.Path) -> None:
@@ -347,6 +384,7 @@ def test_every_setting_of_waitress_is_known() -> None:
         "unix_socket_perms": "600",
         "trusted_proxy_count": "1",
         "unix_socket": "/tmp/s",
+        "trusted_proxy": "::1",
         "trusted_proxy_headers": "forwarded",
     }
     for name in READERS:

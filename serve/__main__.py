@@ -1,0 +1,166 @@
+"""Run a WSGI application under waitress as a container should be run.
+
+    python -m serve
+
+APP names the application (default app:app), WAITRESS_<NAME> is waitress's setting <name>; README.md lists the rest.
+Ends with exit code 0 once it has drained after SIGTERM or SIGINT; 1 where it cannot listen, or gave up waiting for
+requests; 2 where a variable is wrong.
+"""
+
+import signal
+
+
+class Stopped(SystemExit):
+    """The process was told to stop while it still started: there is nothing to drain."""
+
+
+def stop(_signum: int, _frame: object) -> None:
+    """Handle a signal by ending the process with exit code 0."""
+    raise Stopped(0)
+
+
+if __name__ == "__main__":
+    # The kernel keeps from the first process of a container each signal that it has no handler for, and a shell starts
+    # its background jobs with SIGINT ignored: `docker stop` would take ten seconds and kill. Before the other imports,
+    # because they are most of the time that it takes to start.
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+import logging
+import os
+import pathlib
+import pkgutil
+import resource
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+from waitress.adjustments import Adjustments, asbool
+
+from serve.log import log_after_all, log_as_json
+from serve.server import Server
+from serve.settings import SettingError, read_settings
+
+log = logging.getLogger("serve")
+
+SELECT_FILES = 1024  # FD_SETSIZE: select() takes no descriptor from there on
+SPARE_FILES = 64  # descriptors that are left for what is no connection
+LAST_PATIENCE = 1  # second for the application to end its own threads
+
+
+def main() -> int:
+    """Serve until told to stop; return the exit code."""
+    keep_standard_streams()
+    environ = dict(os.environ) if has_ipv6() else {**os.environ, "WAITRESS_IPV6": "false"}
+    try:
+        settings = read_settings(environ)
+        handler = log_as_json(settings.log_level)
+        application = load_application(settings.application)
+    except SettingError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
+    log_after_all(handler, settings.log_level)
+    limit_connections(settings.waitress)
+    try:
+        server = Server(application, settings)
+    except OSError as error:
+        given = settings.waitress
+        place = given.get("listen") or given.get("unix_socket") or f"{given['host']}:{given['port']}"
+        print(f"serve: cannot listen on {place}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # from the threading module: a limit of the container or the machine
+        threads = settings.waitress.get("threads", Adjustments.threads)
+        print(f"serve: cannot start {threads} threads: {error}", file=sys.stderr)
+        return 2
+    code = server.run()
+    end_soon(code)
+    return code
+
+
+def keep_standard_streams() -> None:
+    """Open /dev/null for each standard stream that is closed: a connection would else get its number, and the log."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def has_ipv6() -> bool:
+    """Tell whether the kernel has IPv6: one that was started with ipv6.disable=1 refuses even to make a socket."""
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def load_application(name: str) -> Callable:
+    """Import and return the WSGI application that `name` (module:attribute) stands for.
+
+    Raises SettingError if there is none, or if its module fails; the message then has the line where it failed.
+    """
+    module, _, attribute = name.partition(":")
+    if not (module and attribute):
+        raise SettingError("APP", name, "takes module:attribute, such as app:app")
+    try:
+        # By this Flask knows that it is served already: an app.run() left in the module is then skipped with a warning.
+        os.environ["FLASK_RUN_FROM_CLI"] = "true"
+        application = pkgutil.resolve_name(name)
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as failure:
+        problem = f"{type(failure).__name__}: {failure}{where(failure)}"
+        raise SettingError("APP", name, problem) from failure
+    if not callable(application):
+        raise SettingError("APP", name, f"is of type {type(application).__name__}, not a WSGI application")
+    return application
+
+
+def where(failure: BaseException) -> str:
+    """Return the last line of the application's own code that `failure` came through, as text, or nothing."""
+    own_package = pathlib.Path(__file__).parent
+    here = own_package.parent
+    paths = [(pathlib.Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(failure.__traceback__)]
+    own = [
+        (path, line)
+        for path, line in paths
+        if path.is_relative_to(here) and not path.is_relative_to(own_package) and "site-packages" not in path.parts
+    ]
+    return f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
+
+
+def limit_connections(settings: dict[str, str]) -> None:
+    """Raise the process's limit of open files as far as it goes, and lower connection_limit to what it then holds."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError):  # macOS says "unlimited" and takes less
+        log.debug("The limit of open files cannot be raised")
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not asbool(settings["asyncore_use_poll"]):
+        files = min(files, SELECT_FILES)
+    wanted, fits = int(settings["connection_limit"]), files - min(SPARE_FILES, files // 2)
+    if files != resource.RLIM_INFINITY and wanted > fits:
+        settings["connection_limit"] = str(fits)
+        log.warning("A limit of %d open files does not hold connection_limit=%d: it is now %d", files, wanted, fits)
+
+
+def end_soon(code: int) -> None:
+    """Let the application's threads and atexit functions end, but not for ever; a signal now ends it at once."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(code or 1))
+
+    def end() -> None:
+        log.error("Ended with threads of the application still running")
+        os._exit(code or 1)
+
+    patience = threading.Timer(LAST_PATIENCE, end)
+    patience.daemon = True  # or the interpreter would wait for it
+    patience.start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""Connections: how each is served, and how the process waits for all of them."""
+
+import os
+import select
+import signal
+import socket
+
+from waitress import wasyncore
+from waitress.buffers import ReadOnlyFileBasedBuffer
+from waitress.channel import HTTPChannel
+
+from serve.answer import Application, Refusal
+from serve.log import Outlet
+from serve.request import Parser, refusal
+
+QUIET = 0.5  # seconds after which a connection on which nothing happens counts as idle, once the server closes
+LARGE = 2**16  # bytes, from which on copying costs more than it saves
+LINGER = 2.0  # seconds for a client to notice that it has had its last answer
+
+
+class State:
+    """What all connections look at."""
+
+    draining = False  # the application is told, so that its /health fails
+    closing = False  # every answer is the last on its connection
+
+    def __init__(self, access_log: Outlet | None, read_timeout: float) -> None:
+        """Begin to serve, with an access log or without; `read_timeout` is in seconds."""
+        self.access_log = access_log
+        self.read_timeout = read_timeout
+
+
+class Channel(HTTPChannel):
+    """A connection.
+
+    Relied upon: `request` is the one that is arriving, `requests` are those that have arrived, in the order of their
+    answers, and a thread works on the first, which service() makes it do; total_outbufs_len is what the client has
+    still to take, through write_soon(); last_activity changes when it takes some, or sends; close_when_flushed is set
+    when nothing else is to be answered, and handle_write() then closes the connection.
+    """
+
+    task_class = Application
+    error_task_class = Refusal
+    parser_class = Parser
+
+    header = b""  # of the answer that is being made, until its body begins
+    body_sent = 0  # bytes of it; with what chunks add, as nginx counts them
+    lingers = False  # after its last answer it reads on for a while
+    lingering = False
+    pending: object = None
+    pending_since = 0.0
+
+    def __init__(self, state: State, *arguments: object, **keywords: object) -> None:
+        """Take what waitress gives, and the state that all connections share."""
+        self.state = state
+        super().__init__(*arguments, **keywords)
+
+    def waited(self, now: float) -> float:
+        """Return for how many seconds the connection has been waiting for the same thing to come from its client.
+
+        That is: the next byte of the answer to be taken, the rest of a request, or, idle, anything at all.
+        """
+        pending: object
+        if self.lingering:
+            pending = "the end"
+        elif self.total_outbufs_len:
+            pending = self.last_activity
+        elif self.requests:
+            pending = None  # it is our turn
+        else:
+            pending = self.request or self.last_activity
+        if pending is None or pending != self.pending:
+            self.pending, self.pending_since = pending, now
+        return now - self.pending_since
+
+    def check(self, now: float) -> None:
+        """Do what is due if the client has been waited for long enough."""
+        waited = self.waited(now)
+        if self.lingering:
+            limit, act = LINGER, self.handle_close
+        elif self.total_outbufs_len:
+            limit, act = self.state.read_timeout, self.handle_close
+        elif self.requests or self.close_when_flushed:
+            return
+        elif self.request:
+            limit, act = self.state.read_timeout, self.time_out
+        elif self.state.closing:
+            limit, act = QUIET, self.handle_close
+        else:
+            return  # waitress closes it after channel_timeout
+        if waited >= limit:
+            act()
+
+    def unanswered(self) -> int:
+        """Return how many requests are arriving, in work or on their way out."""
+        if self.lingering:
+            return 0
+        return len(self.requests) + bool(self.request) or bool(self.total_outbufs_len)
+
+    def time_out(self) -> None:
+        """Answer 408 to the request that is arriving."""
+        self.request.error = refusal(408, "Request Timeout", "the request took too long to arrive")
+        self.request.completed = True
+        self.requests.append(self.request)
+        self.request = None
+        self.service()  # in this thread: there is no application to wait for
+
+    def write_soon(self, data: bytes | ReadOnlyFileBasedBuffer) -> int:
+        """Send a part of the body; return how many bytes it has.
+
+        The header goes with the first part. waitress sends each by itself: two system calls, at each of which the
+        threads contend for the interpreter, and two packets.
+        """
+        if not data:
+            return 0
+        if self.header and not isinstance(data, ReadOnlyFileBasedBuffer) and len(data) <= LARGE:
+            super().write_soon(self.header + data)
+            self.header = b""
+            written = len(data)
+        else:
+            self.send_header()
+            written = super().write_soon(data)
+        self.body_sent += written
+        return written
+
+    def send_header(self) -> None:
+        """Send the header, if that has not been done."""
+        if self.header:
+            super().write_soon(self.header)
+            self.header = b""
+
+    def received(self, data: bytes) -> bool:
+        """Take what the client sends, unless nothing of it will be answered."""
+        return not self.lingering and super().received(data)
+
+    def handle_write(self) -> None:
+        """Send what waits to be sent.
+
+        After an answer that the client may not expect, only our side of the connection is closed: if it were closed
+        while the client still sends, the answer would be lost (RFC 9112, section 9.6).
+        """
+        if not (self.close_when_flushed and self.lingers):
+            super().handle_write()
+            return
+        self.close_when_flushed = False
+        super().handle_write()
+        if not self.connected:
+            return
+        if self.total_outbufs_len:
+            self.close_when_flushed = True
+        else:
+            self.lingering = True
+            self.socket.shutdown(socket.SHUT_WR)
+
+
+class Connections(dict):
+    """The map of all that waitress waits for, by file descriptor.
+
+    waitress asks every connection, before it waits, whether it wants to read or to write. With a thousand of them that
+    takes longer than a request does. Here epoll keeps the answers, and only those are asked that may have changed:
+    those that had something to read or write, those with a request in work, the listeners; now and then, all.
+
+    Relied upon: waitress waits for what it adds to this map; readable() and writable() say for what; readwrite() then
+    takes poll's flags, which are epoll's too.
+    """
+
+    def __init__(self, *, use_poll: bool) -> None:
+        """Begin without any; wait by epoll where the system has it, unless waitress is to use select()."""
+        self.epoll = select.epoll() if use_poll and hasattr(select, "epoll") else None
+        self.use_poll = use_poll
+        self.awaited: dict[int, int] = {}  # what epoll waits for, for each that it knows
+        self.changed: set[int] = set()
+
+    def __setitem__(self, fd: int, dispatcher: wasyncore.dispatcher) -> None:
+        """Add one."""
+        super().__setitem__(fd, dispatcher)
+        self.changed.add(fd)
+
+    def __delitem__(self, fd: int) -> None:
+        """Remove one, before it is closed."""
+        super().__delitem__(fd)
+        self.changed.discard(fd)
+        self.await_events(fd, 0)
+
+    def channels(self) -> list[Channel]:
+        """Return the connections: all but the listeners and the pipes."""
+        return [dispatcher for dispatcher in self.values() if isinstance(dispatcher, Channel)]
+
+    def turn(self, timeout: float) -> None:
+        """Wait until something can be read or written, at most `timeout` seconds, and let it be."""
+        if not self.epoll:
+            wasyncore.loop(timeout, use_poll=self.use_poll, map=self, count=1)
+            return
+        for fd in list(self.changed):
+            dispatcher = self[fd]
+            wanted = wants(dispatcher)
+            # That nothing is to be read while a request is in work is not worth a system call: few clients send then.
+            if wanted or self.awaited.get(fd, 0) != select.EPOLLIN:
+                self.await_events(fd, wanted)
+            if not (dispatcher.accepting or getattr(dispatcher, "requests", None)):
+                self.changed.discard(fd)
+        for fd, events in self.epoll.poll(timeout):
+            dispatcher = self.get(fd)
+            if dispatcher is None:
+                continue
+            self.changed.add(fd)
+            if wants(dispatcher):
+                wasyncore.readwrite(dispatcher, events)
+            else:
+                self.await_events(fd, 0)
+
+    def await_events(self, fd: int, wanted: int) -> None:
+        """Let epoll wait for `wanted`; for nothing it may not even know `fd`, or it would report that one hangs up."""
+        known = self.awaited.get(fd, 0)
+        if wanted == known:
+            return
+        if not wanted:
+            self.epoll.unregister(fd)
+            del self.awaited[fd]
+            return
+        (self.epoll.modify if known else self.epoll.register)(fd, wanted)
+        self.awaited[fd] = wanted
+
+
+def wants(dispatcher: wasyncore.dispatcher) -> int:
+    """Return the events that waitress would wait for, less urgent data, which is read in its place like other data."""
+    wanted = select.EPOLLIN if dispatcher.readable() else 0
+    if not dispatcher.accepting and dispatcher.writable():
+        wanted |= select.EPOLLOUT
+    return wanted
+
+
+class Wakeup(wasyncore.file_dispatcher):
+    """A pipe among the connections, to end the waiting: threads write to it when an answer is made, Python at a signal.
+
+    waitress has one for each listener, and writes to it at each answer; here once until it is read, which may be after
+    many. Of signals: Python runs a handler only between two steps of the program. A signal that comes after the last
+    step before the kernel is asked to wait would else be noticed when that times out.
+    """
+
+    def __init__(self, connections: Connections) -> None:
+        """Join the connections."""
+        read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        signal.set_wakeup_fd(self.write_end)
+        super().__init__(read_end, map=connections)
+        self.pulled = False
+
+    def pull(self) -> None:
+        """End the waiting, in any thread."""
+        if not self.pulled:
+            self.pulled = True
+            os.write(self.write_end, b"x")
+
+    def writable(self) -> bool:
+        """Tell waitress that there is nothing to write."""
+        return False
+
+    def handle_read(self) -> None:
+        """Throw the bytes away: the handlers have run by now, and the connections are looked at next."""
+        self.recv(4096)
+        self.pulled = False

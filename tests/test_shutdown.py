@@ -1,0 +1,406 @@
+"""How the server ends: what it still answers, what it tells clients, how long it waits."""
+
+import http.client
+import pathlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.support import Server, rest, server, statuses, wait_until
+
+# /slow waits for a file named after its query; /stream sends a part before that and a part after.
+APPLICATION = """
+import pathlib
+import time
+
+here = pathlib.Path(__file__).parent
+
+def app(environ, start_response):
+    path, name = environ["PATH_INFO"], environ["QUERY_STRING"]
+    if path == "/health":
+        draining = environ["serve.draining"]
+        start_response("503 Unavailable" if draining else "200 OK", [("Content-Length", "1")])
+        return [b"d" if draining else b"k"]
+    if path == "/upload":
+        body = environ["wsgi.input"].read()
+        start_response("200 OK", [])
+        return [b"%d bytes" % len(body)]
+    if path == "/large":
+        start_response("200 OK", [("Content-Length", "30000000")])
+        return (bytes(1_000_000) for _ in range(30))
+    if path in {"/slow", "/stream"}:
+        return wait(name, path == "/stream", start_response)
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+
+def wait(name, streams, start_response):
+    (here / f"{name}.began").touch()
+    start_response("200 OK", [("Content-Length", "10")])
+    if streams:
+        yield b"first"
+    while not (here / name).exists():
+        time.sleep(0.01)
+    yield b"later" if streams else b"0123456789"
+"""
+
+GET = b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.fixture
+def start(tmp_path: pathlib.Path) -> Callable:
+    """A function that starts a server with an application that can be held up."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    return lambda **environ: server(tmp_path, **{"WAITRESS_LISTEN": "127.0.0.1:0"} | environ)
+
+
+def answer(connection: socket.socket) -> bytes:
+    """Return one answer, whose body is as long as its Content-Length says."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = connection.recv(1)
+        assert part, f"closed after {received!r}"
+        received += part
+    length = int(received.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    while not received.partition(b"\r\n\r\n")[2][length - 1 :]:
+        part = connection.recv(65536)
+        assert part, f"closed after {received!r}"
+        received += part
+    return received
+
+
+def ask(connection: socket.socket, path: bytes) -> bytes:
+    """Ask for `path`; return the answer."""
+    connection.sendall(GET % path)
+    return answer(connection)
+
+
+def said(running: Server, word: str) -> bool:
+    """Tell whether a message of the log begins with `word`."""
+    return any(entry["message"].startswith(word) for entry in running.logged())
+
+
+def until_said(running: Server, word: str) -> None:
+    """Wait for a message."""
+    wait_until(lambda: said(running, word), 10, word)
+
+
+def until_refused(running: Server) -> None:
+    """Wait until it listens no more."""
+
+    def refused() -> bool:
+        try:
+            running.connect().close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    wait_until(refused, 10, "the listener to close")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_delay(start: Callable, number: signal.Signals) -> None:
+    """During SHUTDOWN_DELAY health is gone at once, all else goes on: new connections, and none is told to close."""
+    with start(SHUTDOWN_DELAY="1") as running, running.connect() as old:
+        assert statuses(ask(old, b"/health")) == [200]
+        began = time.monotonic()
+        running.process.send_signal(number)
+        until_said(running, "Draining")
+        assert statuses(ask(old, b"/health")) == [503]
+        with running.connect() as new:
+            for connection in (old, new):
+                told = ask(connection, b"/")
+                assert statuses(told) == [200]
+                assert b"connection:" not in told.lower()
+        assert not said(running, "Closing")
+        assert running.ended() == 0
+        assert time.monotonic() - began >= 1
+
+
+def test_without_delay(start: Callable) -> None:
+    """Without a delay it closes at once, and in the log stands what it did."""
+    with start() as running:
+        running.listening()
+        running.stop()
+        assert running.ended() == 0
+        messages = [entry["message"] for entry in running.logged()]
+    assert messages[1:] == [
+        "Draining: accepting connections for 0 s more",
+        "Closing: waiting at most 8 s; requests in work: 0",
+        "Stopped",
+    ]
+
+
+def test_request_in_work(start: Callable, tmp_path: pathlib.Path) -> None:
+    """A request in work is finished, told that it was the last on its connection; nobody new is accepted."""
+    with start() as running, running.connect() as connection:
+        connection.sendall(GET % b"/slow?go")
+        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        running.stop()
+        until_refused(running)
+        (tmp_path / "go").touch()
+        answered = rest(connection)
+        assert statuses(answered) == [200]
+        assert b"\r\nconnection: close\r\n" in answered.lower()
+        assert answered.endswith(b"0123456789")
+        assert running.ended() == 0
+
+
+def test_queued_requests(start: Callable, tmp_path: pathlib.Path) -> None:
+    """Requests that wait for a thread, and those behind them on the same connection, are answered too."""
+    with start(WAITRESS_THREADS="1") as running, running.connect() as first, running.connect() as second:
+        first.sendall(GET % b"/slow?go")
+        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        second.sendall(GET % b"/" * 3)
+        # Half of one more: by the time that this is answered, the server has the others.
+        with running.connect() as third:
+            third.sendall(b"BAD\r\n")
+            assert running.process.poll() is None
+            running.stop()
+            until_refused(running)
+            (tmp_path / "go").touch()
+            assert statuses(rest(first)) == [200]
+            answered = rest(second)
+            assert statuses(answered) == [200, 200, 200]
+            assert answered.lower().count(b"connection: close") == 1
+            assert statuses(rest(third)) == [400]
+        assert running.ended() == 0
+
+
+def test_upload(start: Callable) -> None:
+    """A request that is still arriving is waited for, and answered."""
+    with start() as running, running.connect() as connection:
+        connection.sendall(b"POST /upload HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n01234")
+        wait_until(lambda: ask_health(running) == 200, 10, "the half to have arrived")
+        running.stop()
+        until_refused(running)
+        connection.sendall(b"56789")
+        assert rest(connection).endswith(b"10 bytes")
+        assert running.ended() == 0
+
+
+def ask_health(running: Server) -> int:
+    """Return the status of /health."""
+    with running.connect() as connection:
+        return statuses(ask(connection, b"/health"))[0]
+
+
+def test_download(start: Callable) -> None:
+    """A long answer is sent to its end, however slowly the client takes it."""
+    with start(SHUTDOWN_TIMEOUT="60") as running, running.connect() as connection:
+        connection.sendall(GET % b"/large")
+        connection.recv(1)
+        running.stop()
+        until_refused(running)
+        received = 1
+        while part := connection.recv(1_000_000):
+            received += len(part)
+            time.sleep(0.01)
+        assert received > 30_000_000
+        assert running.ended() == 0
+
+
+def test_stream(start: Callable, tmp_path: pathlib.Path) -> None:
+    """An answer that has begun before anybody knew that it would be the last is finished, its connection closed."""
+    with start() as running, running.connect() as connection:
+        connection.sendall(GET % b"/stream?go")
+        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        running.stop()
+        until_refused(running)
+        (tmp_path / "go").touch()
+        assert rest(connection).endswith(b"firstlater")
+        assert running.ended() == 0
+
+
+def test_idle_connections(start: Callable) -> None:
+    """Idle connections, used before or never, are closed; they hold nothing up."""
+    with start() as running, running.connect() as used, running.connect() as unused:
+        assert statuses(ask(used, b"/")) == [200]
+        began = time.monotonic()
+        running.stop()
+        assert rest(used) == rest(unused) == b""
+        assert running.ended() == 0
+        assert time.monotonic() - began < 4
+
+
+def test_next_request_on_a_connection(start: Callable) -> None:
+    """A client that asks on, right when the server closes, is answered, and told to close."""
+    with start() as running, running.connect() as connection:
+        ask(connection, b"/")
+        running.stop()
+        until_refused(running)
+        answered = ask(connection, b"/")
+        assert statuses(answered) == [200]
+        assert b"connection: close" in answered.lower()
+        assert running.ended() == 0
+
+
+def test_old_clients(start: Callable, tmp_path: pathlib.Path) -> None:
+    """An HTTP/1.0 client that asked for keep-alive is told to close, in one word."""
+    with start() as running, running.connect() as connection:
+        connection.sendall(b"GET /slow?go HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        running.stop()
+        until_refused(running)
+        (tmp_path / "go").touch()
+        header = rest(connection).lower().partition(b"\r\n\r\n")[0]
+        assert header.count(b"connection:") == header.count(b"connection: close") == 1
+
+
+def test_both_listeners(start: Callable, tmp_path: pathlib.Path) -> None:
+    """With a listener of IPv4 and one of IPv6, both go on accepting, both finish, both close."""
+    with start(WAITRESS_LISTEN="127.0.0.1:0 [::1]:0", SHUTDOWN_DELAY="1") as running:
+        ports = [url.rpartition(":")[2] for url in running.listening(addresses=2)]
+        places = list(zip(("127.0.0.1", "::1"), ports, strict=True))
+        connections = [socket.create_connection(place, 10) for place in places]
+        for name, connection in zip((b"one", b"two"), connections, strict=True):
+            connection.sendall(GET % (b"/slow?" + name))
+        for name in ("one", "two"):
+            wait_until((tmp_path / f"{name}.began").exists, 10, "the request to be in work")
+        running.stop()
+        until_said(running, "Draining")
+        for place in places:
+            with socket.create_connection(place, 10) as connection:
+                assert statuses(ask(connection, b"/health")) == [503]
+        until_said(running, "Closing")
+        for place in places:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(place, 10)
+        for name, connection in zip(("one", "two"), connections, strict=True):
+            (tmp_path / name).touch()
+            assert statuses(rest(connection)) == [200]
+            connection.close()
+        assert running.ended() == 0
+
+
+def test_unix_socket(start: Callable, tmp_path: pathlib.Path) -> None:
+    """A Unix socket drains as well."""
+    path = str(tmp_path / "socket")
+    with (
+        server(tmp_path, WAITRESS_UNIX_SOCKET=path) as running,
+        socket.socket(socket.AF_UNIX) as connection,
+    ):
+        running.listening()
+        connection.connect(path)
+        connection.sendall(GET % b"/slow?go")
+        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        running.stop()
+        until_said(running, "Closing")
+        (tmp_path / "go").touch()
+        assert statuses(rest(connection)) == [200]
+        assert running.ended() == 0
+
+
+def test_timeout(start: Callable, tmp_path: pathlib.Path) -> None:
+    """After SHUTDOWN_TIMEOUT it stops waiting, says how many requests it has abandoned, and ends with exit code 1."""
+    with start(SHUTDOWN_TIMEOUT="0.5", WAITRESS_THREADS="1") as running, running.connect() as connection:
+        connection.sendall(GET % b"/slow?go")
+        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        with running.connect() as queued, running.connect() as arriving:
+            queued.sendall(GET % b"/" * 2)
+            arriving.sendall(b"GET / HTTP/1.1\r\n")
+            running.stop()
+            assert running.ended() == 1
+    assert "Abandoned requests: 4" in running.messages()
+
+
+def test_no_patience(start: Callable) -> None:
+    """With SHUTDOWN_TIMEOUT=0 an idle server ends at once, with exit code 0."""
+    with start(SHUTDOWN_TIMEOUT="0") as running, running.connect():
+        running.stop()
+        assert running.ended() == 0
+        assert running.messages() == []
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("delay", ["0", "600"])
+def test_second_signal(start: Callable, tmp_path: pathlib.Path, second: signal.Signals, delay: str) -> None:
+    """A second signal ends it now, while it waits and before it closes, with exit code 1."""
+    with start(SHUTDOWN_DELAY=delay, SHUTDOWN_TIMEOUT="600") as running, running.connect() as connection:
+        connection.sendall(GET % b"/slow?go")
+        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        running.stop()
+        until_said(running, "Draining" if delay == "600" else "Closing")
+        running.process.send_signal(second)
+        assert running.ended() == 1
+        assert "Abandoned requests: 1" in running.messages()
+
+
+def test_clients_that_reconnect(start: Callable) -> None:
+    """Clients that ask without a pause, and come back when told to close, never go without an answer."""
+    failures, answered = [], [0] * 8
+    with start() as running:
+        host, port = running.listening()[0].removeprefix("http://").split(":")
+
+        def insist(number: int) -> None:
+            while True:
+                try:
+                    connection = socket.create_connection((host, port), 10)
+                except ConnectionRefusedError:
+                    return
+                try:
+                    with connection:
+                        while b"connection: close" not in ask(connection, b"/").lower():
+                            answered[number] += 1
+                except (OSError, AssertionError) as failure:
+                    failures.append(failure)
+
+        clients = [threading.Thread(target=insist, args=[number]) for number in range(len(answered))]
+        for client in clients:
+            client.start()
+        wait_until(lambda: min(answered) > 20, 30, "every client to have asked")
+        running.stop()
+        for client in clients:
+            client.join(30)
+        assert running.ended() == 0
+    assert not failures
+
+
+def test_threads_of_the_application(start: Callable, tmp_path: pathlib.Path) -> None:
+    """A thread that the application leaves running does not hold up the end."""
+    stay = "import threading, time\nthreading.Thread(target=time.sleep, args=[600]).start()\n"
+    (tmp_path / "app.py").write_text(stay + APPLICATION)
+    with start() as running:
+        running.listening()
+        running.stop()
+        assert running.ended() == 1
+        assert running.messages() == ["Ended with threads of the application still running"]
+
+
+def test_functions_at_exit(start: Callable, tmp_path: pathlib.Path) -> None:
+    """What the application has registered with atexit is done."""
+    (tmp_path / "app.py").write_text("import atexit\natexit.register(print, 'bye')\n" + APPLICATION)
+    with start() as running:
+        running.listening()
+        running.stop()
+        assert running.ended() == 0
+        assert running.access_log.read_text() == "bye\n"
+
+
+def test_application_that_ignores_signals(start: Callable, tmp_path: pathlib.Path) -> None:
+    """The signals are the server's, whatever the application's module does with them."""
+    ignore = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    (tmp_path / "app.py").write_text(ignore + APPLICATION)
+    with start() as running:
+        running.listening()
+        running.stop()
+        assert running.ended() == 0
+
+
+def test_the_greeting_service_drains(tmp_path: pathlib.Path) -> None:
+    """The application of this project says so itself: its /health turns to 503, not to be cached, in the same form."""
+    (tmp_path / "app.py").write_bytes((pathlib.Path(__file__).parent.parent / "app.py").read_bytes())
+    with server(tmp_path, WAITRESS_LISTEN="127.0.0.1:0", SHUTDOWN_DELAY="1") as running:
+        address = running.listening()[0].removeprefix("http://")
+        running.stop()
+        until_said(running, "Draining")
+        connection = http.client.HTTPConnection(address, timeout=10)
+        connection.request("GET", "/health")
+        answered = connection.getresponse()
+        assert (answered.status, answered.read()) == (503, b'{"status": "draining"}\n')
+        assert answered.headers["Cache-Control"] == "no-store"
+        connection.close()
+        assert running.ended() == 0
