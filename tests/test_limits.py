@@ -1,0 +1,201 @@
+"""Clients that are slow or many: how long they are waited for, and that nobody else waits."""
+
+import contextlib
+import pathlib
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support import rest, server, statuses, wait_until
+
+APPLICATION = """
+import time
+
+def app(environ, start_response):
+    path = environ["PATH_INFO"]
+    if path == "/slow":
+        time.sleep(2.5)
+    if path == "/large":
+        start_response("200 OK", [("Content-Length", "100000000")])
+        return (bytes(100_000) for _ in range(1000))
+    body = environ["wsgi.input"].read()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture
+def start(tmp_path: pathlib.Path) -> Callable:
+    """A function that starts a server that waits a second for its clients."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    return lambda **environ: server(tmp_path, **{"WAITRESS_LISTEN": "127.0.0.1:0", "READ_TIMEOUT": "1"} | environ)
+
+
+def drip(connection: socket.socket, sent: bytes) -> bytes:
+    """Send a byte every 20 ms until an answer comes; return it."""
+    connection.settimeout(0.02)
+    for byte in sent:
+        with contextlib.suppress(TimeoutError):
+            return connection.recv(1) + rest(connection)
+        connection.sendall(bytes([byte]))
+    raise AssertionError("all was sent before an answer came")
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (b"", b"GET /" + b"a" * 3000),
+        (b"GET / HTTP/1.1\r\n", b"A: b\r\n" * 500),
+        (b"\r\n", b"\r\n" * 1 + b"GET /" + b"a" * 3000),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3000\r\n\r\n", b"a" * 2999),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n" * 500),
+    ],
+    ids=["line", "headers", "empty lines", "body", "chunks"],
+)
+def test_drip(start: Callable, begin: bytes, more: bytes) -> None:
+    """Who has not sent a whole request in time is answered 408, however steadily the bytes come, and closed."""
+    with start() as running, running.connect() as connection:
+        began = time.monotonic()
+        connection.sendall(begin)
+        answered = drip(connection, more)
+        assert 0.9 < time.monotonic() - began < 10
+        assert statuses(answered) == [408]
+        assert answered.endswith(b"408 Request Timeout: the request took too long to arrive\n")
+        assert b"\r\nconnection: close\r\n" in answered.lower()
+        [entry] = running.requests(1)
+        assert entry["status"] == 408
+        assert entry["duration_ms"] >= 900
+
+
+def test_second_request_on_a_connection(start: Callable) -> None:
+    """The time begins anew with each request: an earlier one on the connection neither uses it up nor extends it."""
+    with start() as running, running.connect() as connection:
+        connection.sendall(GET)
+        assert statuses(connection.recv(1000)) == [200]
+        assert statuses(drip(connection, b"GET /" + b"a" * 3000)) == [408]
+
+
+def test_idle_connections_stay(start: Callable) -> None:
+    """A connection on which no request has begun is not closed after READ_TIMEOUT: keep-alive is there to be used."""
+    with start() as running, running.connect() as used, running.connect() as unused, running.connect() as slow:
+        used.sendall(GET)
+        assert statuses(used.recv(1000)) == [200]
+        drip(slow, b"GET /" + b"a" * 3000)  # by when its time is over, that of the others would be
+        for connection in (used, unused):
+            connection.sendall(LAST)
+            assert statuses(rest(connection)) == [200]
+
+
+def test_slow_application(start: Callable) -> None:
+    """The time that the application takes is not the client's: neither for a request in work nor for one behind it."""
+    with start() as running, running.connect() as connection:
+        connection.sendall(GET.replace(b"/ ", b"/slow ") + LAST[:20])
+        assert statuses(connection.recv(1000)) == [200]
+        connection.sendall(LAST[20:])
+        assert statuses(rest(connection)) == [200]
+
+
+def test_client_that_takes_nothing(start: Callable) -> None:
+    """A client that takes no byte of its answer for so long is closed, and the thread that served it is free again."""
+    with start(WAITRESS_THREADS="1") as running, running.connect() as greedy:
+        greedy.sendall(GET.replace(b"/ ", b"/large "))
+        assert statuses(greedy.recv(20)) == [200]
+        began = time.monotonic()
+        [entry] = running.requests(1)
+        assert 0.5 < time.monotonic() - began < 10
+        assert entry["path"] == "/large"
+        assert entry["bytes"] < 100_000_000
+        assert statuses(running.exchange(LAST)) == [200]
+        assert greedy_end(greedy) < 100_000_000
+
+
+def greedy_end(connection: socket.socket) -> int:
+    """Return how many bytes are still to be had from a connection that has been closed."""
+    received = 0
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(1_000_000):
+            received += len(part)
+    return received
+
+
+def test_client_that_takes_its_time(start: Callable) -> None:
+    """A client that takes a part of its answer now and then is served to the end, longer than READ_TIMEOUT."""
+    with start() as running, running.connect() as connection:
+        connection.sendall(LAST.replace(b"/ ", b"/large "))
+        began, received = time.monotonic(), 0
+        while part := connection.recv(4_000_000):
+            received += len(part)
+            if time.monotonic() - began < 2.5:
+                time.sleep(0.2)
+        assert received > 100_000_000
+
+
+@pytest.mark.parametrize(
+    "begin", [b"GET / HTTP/1.1\r\nHost: a\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"]
+)
+def test_a_thousand_slow_clients(start: Callable, begin: bytes) -> None:
+    """A thousand clients that have sent half a request keep nobody out."""
+    with contextlib.ExitStack() as slow, start(READ_TIMEOUT="600") as running, many_files():
+        running.listening()
+        for _ in range(1000):
+            slow.enter_context(running.connect()).sendall(begin)
+        for _ in range(20):
+            assert statuses(running.exchange(LAST)) == [200]
+
+
+@contextlib.contextmanager
+def many_files() -> Iterator[None]:
+    """Let this process open two thousand files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2000, before[1]), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(("soft", "hard"), [(64, 8192), (256, 256), (100, 100), (40, 40)])
+def test_open_files(start: Callable, soft: int, hard: int) -> None:
+    """It raises its limit of open files; where that holds fewer connections than allowed it says so, and goes on."""
+    with contextlib.ExitStack() as clients, many_files(), start(files=(soft, hard)) as running:
+        running.listening()
+        warned = [message for message in running.messages() if f"A limit of {hard} open files" in message]
+        assert len(warned) == (hard == soft)
+        for _ in range(150 if warned else 1000):
+            clients.enter_context(running.connect())
+        if warned:
+            clients.close()
+        assert statuses(running.exchange(LAST)) == [200]
+        assert not [entry for entry in running.logged() if "exception" in entry]
+
+
+def test_connections_beyond_the_limit(start: Callable) -> None:
+    """Connections beyond connection_limit wait until there is room, and are served then."""
+    with start(WAITRESS_CONNECTION_LIMIT="20") as running, contextlib.ExitStack() as clients:
+        for _ in range(30):
+            clients.enter_context(running.connect())
+        with running.connect() as waiting:
+            waiting.sendall(LAST)
+            full = "total open connections reached the connection limit, no longer accepting new connections"
+            wait_until(lambda: full in running.messages(), 10, "the limit to be reached")
+            clients.close()
+            assert statuses(rest(waiting)) == [200]
+
+
+def test_select(start: Callable) -> None:
+    """Where waitress is to use select(), which takes a thousand connections, it gets no more; all else is the same."""
+    with start(WAITRESS_ASYNCORE_USE_POLL="false") as running, contextlib.ExitStack() as clients, many_files():
+        running.listening()
+        assert running.messages() == ["A limit of 1024 open files does not hold connection_limit=4000: it is now 960"]
+        for _ in range(1200):
+            clients.enter_context(running.connect())
+        clients.close()
+        assert statuses(running.exchange(LAST)) == [200]
+        with running.connect() as slow:
+            assert statuses(drip(slow, b"GET /" + b"a" * 3000)) == [408]
+        running.stop()
+        assert running.ended() == 0
