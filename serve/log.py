@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import select
+import sys
 import threading
 import time
 from collections import deque
@@ -105,6 +106,7 @@ def log_as_json(level: str) -> logging.Handler:
     # waitress warns once for each request that finds no thread idle; Server.report() sums up.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     threading.excepthook = log_thread
+    sys.unraisablehook = log_unraisable
     return handler
 
 
@@ -112,6 +114,12 @@ def log_thread(ended: threading.ExceptHookArgs) -> None:
     """Log what has ended a thread of the application."""
     failure = (ended.exc_type, ended.exc_value, ended.exc_traceback)
     log.error("Thread %s has ended", ended.thread and ended.thread.name, exc_info=failure)
+
+
+def log_unraisable(unraisable: object) -> None:
+    """Log what failed where nobody could be told: when an object was thrown away, mostly."""
+    failure = (unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback)
+    log.error("%s: %r", unraisable.err_msg or "Exception ignored in", unraisable.object, exc_info=failure)
 
 
 def log_after_all(handler: logging.Handler, level: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from contextlib import suppress
 
 from waitress.adjustments import Adjustments
 from waitress.parser import HTTPRequestParser, ParsingError
@@ -88,7 +89,11 @@ class Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         """Take what has arrived; return how many bytes of it belong to this request."""
-        consumed = super().received(data)
+        try:
+            consumed = super().received(data)
+        except OSError:  # what waitress keeps of a body in a file has found no room
+            consumed = len(data)
+            self.refused = refusal(503, "Service Unavailable", "there is no room for the body")
         if not self.headers_finished:
             if self.completed:  # too long; waitress has put a request for / in its place
                 self.command = self.request_uri = None
@@ -136,3 +141,8 @@ class Parser(HTTPRequestParser):
         if host is None or not HOST.fullmatch(host):
             self.refused = refusal(400, "Bad Request", "a request has one Host header, with a host and port")
             raise ParsingError(self.refused.body)
+
+    def close(self) -> None:
+        """Throw the body away, which is a file that may find no room even for its last bytes."""
+        with suppress(OSError):
+            super().close()

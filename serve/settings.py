@@ -19,8 +19,8 @@ DEFAULTS = {
     "ident": "",
     # select() fails, and the server with it, as soon as there are more than 1024 connections and files.
     "asyncore_use_poll": "true",
-    # With waitress's own 100, that many clients who send half a request keep everybody else out for READ_TIMEOUT. A
-    # connection that waits costs some 10 KiB, so these fit into a small container's memory.
+    # With waitress's own 100, that many clients who send half a request keep everybody else out for READ_TIMEOUT. One
+    # that waits costs the process some 3 KiB, and its headers, so these fit into a small container's memory.
     "connection_limit": "4000",
     # A burst waits in the kernel, as long a queue as Linux allows (net.core.somaxconn), instead of retrying after 1 s.
     "backlog": "4096",
@@ -28,8 +28,8 @@ DEFAULTS = {
     "max_request_header_size": str(2**14),
     # 1 MiB. waitress's own 1 GiB is kept in /tmp, which is memory, and one request would get the container killed.
     "max_request_body_size": str(2**20),
-    # 64 KiB of a body are kept in the process, the rest in /tmp, which is bounded: a few hundred clients that stop in
-    # the middle of an upload fill /tmp at worst, and are refused, instead of getting the container killed.
+    # 64 KiB of a body are kept in the process, the rest in /tmp, which compose bounds: clients that stop in the middle
+    # of their uploads fill it at worst, and get 503. With waitress's own 512 KiB, 500 of them got the container killed.
     "inbuf_overflow": str(2**16),
 }
 

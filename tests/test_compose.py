@@ -2,6 +2,7 @@
 
 import json
 import socket
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -79,3 +80,20 @@ def test_the_tests_pass_inside_of_the_image(project: Project) -> None:
     done = project.compose("run", "--build", "--rm", "--no-TTY", "test")
     assert " passed" in done.stdout
     assert " failed" not in done.stdout
+
+
+def test_many_unfinished_uploads(project: Project) -> None:
+    """Hundreds of clients that stop in the middle of their uploads neither get it killed nor keep others out."""
+    project.compose("up", "--build", "--wait")
+    url = project.url()
+    host, port = url.removeprefix("http://").split(":")
+    half = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 500000\r\n\r\n" + bytes(499_999)
+    with ExitStack() as clients:
+        for _ in range(700):
+            client = clients.enter_context(socket.create_connection((host, port), 20))
+            with suppress(OSError):  # some are refused, for lack of room
+                client.sendall(half)
+        assert get(url + "/health")[0] == 200
+    container = project.compose("ps", "--quiet").stdout.strip()
+    state = json.loads(run("docker", "inspect", "--format", "{{json .}}", container).stdout)
+    assert (state["State"]["OOMKilled"], state["RestartCount"]) == (False, 0)

@@ -199,3 +199,19 @@ def test_select(start: Callable) -> None:
             assert statuses(drip(slow, b"GET /" + b"a" * 3000)) == [408]
         running.stop()
         assert running.ended() == 0
+
+
+def test_no_room_for_a_body(start: Callable, tmp_path: pathlib.Path) -> None:
+    """A body that does not fit into the folder for temporary files is answered 503; the next that fits is taken."""
+    # A limit of the size of files has the same effect as a full disk.
+    limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    (tmp_path / "app.py").write_text(limit + APPLICATION)
+    post = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    with start() as running:
+        answered = running.exchange(post % 500_000 + bytes(500_000))
+        assert statuses(answered) == [503]
+        assert answered.endswith(b"503 Service Unavailable: there is no room for the body\n")
+        assert statuses(running.exchange(post % 90_000 + bytes(90_000))) == [200]
+        assert [entry["status"] for entry in running.requests(2)] == [503, 200]
+        assert not [entry for entry in running.logged() if "uncaptured" in entry["message"]]

@@ -21,6 +21,10 @@ import logging
 import threading
 import warnings
 
+class Fails:
+    def __del__(self):
+        raise ValueError("late")
+
 def app(environ, start_response):
     path = environ["PATH_INFO"]
     if path == "/log":
@@ -30,6 +34,7 @@ def app(environ, start_response):
         thread = threading.Thread(target=lambda: 1 / 0, name="worker")
         thread.start()
         thread.join()
+        Fails()
     if path == "/health" and environ["QUERY_STRING"] == "sick":
         start_response("503 Unavailable", [])
         return [b"sick"]
@@ -218,15 +223,16 @@ def test_everything_else(start: Callable) -> None:
     with start() as running:
         ask(running, b"/log")
         entries = [entry for entry in running.logged() if "Serving on" not in entry["message"]]
-    sold, warned, failed = entries
+    sold, warned, failed, late = entries
     assert (sold["level"], sold["logger"], sold["message"]) == ("INFO", "shop", "sold one\ntwo")
     assert (warned["level"], warned["logger"]) == ("WARNING", "py.warnings")
     assert "UserWarning: old" in warned["message"]
     assert (failed["level"], failed["message"]) == ("ERROR", "Thread worker has ended")
     assert failed["exception"].endswith("ZeroDivisionError: division by zero")
+    assert late["exception"].endswith("ValueError: late")
 
 
-@pytest.mark.parametrize(("level", "messages"), [("DEBUG", 5), ("INFO", 4), ("WARNING", 2), ("CRITICAL", 0)])
+@pytest.mark.parametrize(("level", "messages"), [("DEBUG", 6), ("INFO", 5), ("WARNING", 3), ("CRITICAL", 0)])
 def test_level(start: Callable, level: str, messages: int) -> None:
     """LOG_LEVEL says from where on; the access log has no level."""
     with start(LOG_LEVEL=level, WAITRESS_LISTEN="127.0.0.1:0") as running:
