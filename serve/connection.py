@@ -77,7 +77,7 @@ class Channel(HTTPChannel):
         """Do what is due if the client has been waited for long enough."""
         waited = self.waited(now)
         if self.lingering:
-            limit, act = LINGER, self.handle_close
+            limit, act = QUIET if self.state.closing else LINGER, self.handle_close
         elif self.total_outbufs_len:
             limit, act = self.state.read_timeout, self.handle_close
         elif self.requests or self.close_when_flushed:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,11 +21,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> object:
-    """Return the first true value of `condition`, asked every 50 ms; fail, naming `what`, after so many seconds."""
+    """Return the first true value of `condition`, asked every 10 ms; fail, naming `what`, after so many seconds."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
+        time.sleep(0.01)
     return value
 
 
@@ -55,6 +56,58 @@ def rest(connection: socket.socket) -> bytes:
 def statuses(answers: bytes) -> list[int]:
     """Return the status of each answer in what a server has sent."""
     return [int(code) for code in re.findall(rb"HTTP/1\.[01] ([0-9]{3}) ", answers)]
+
+
+def answer(connection: socket.socket) -> bytes:
+    """Return one answer, whose body is as long as its Content-Length says."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = connection.recv(1)
+        assert part, f"closed after {received!r}"
+        received += part
+    length = int(received.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    while not received.partition(b"\r\n\r\n")[2][length - 1 :]:
+        part = connection.recv(65536)
+        assert part, f"closed after {received!r}"
+        received += part
+    return received
+
+
+def ask(connection: socket.socket, path: bytes) -> bytes:
+    """Ask for `path`; return the answer."""
+    connection.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % path)
+    return answer(connection)
+
+
+def unanswered_until_gone(address: tuple[str, int], stop: Callable[[], object]) -> list[Exception]:
+    """Stop a server while eight clients ask it without a pause; return what they met that was no answer.
+
+    Told to close its connection a client makes another, until nobody listens any more.
+    """
+    failures, answered = [], [0] * 8
+
+    def insist(number: int) -> None:
+        while True:
+            try:
+                connection = socket.create_connection(address, 10)
+            except ConnectionRefusedError:
+                return
+            try:
+                with connection:
+                    while b"connection: close" not in ask(connection, b"/").lower():
+                        answered[number] += 1
+            except (OSError, AssertionError) as failure:
+                failures.append(failure)
+
+    clients = [threading.Thread(target=insist, args=[number], daemon=True) for number in range(len(answered))]
+    for client in clients:
+        client.start()
+    wait_until(lambda: min(answered) > 20, 30, "every client to have asked")
+    stop()
+    for client in clients:
+        client.join(30)
+        assert not client.is_alive(), "somebody listens still"
+    return failures
 
 
 class Server:

@@ -8,7 +8,9 @@ import textwrap
 import uuid
 from collections.abc import Callable
 
-from tests.support import ROOT, Project, get, run, wait_until
+import pytest
+
+from tests.support import ROOT, Project, get, run, unanswered_until_gone, wait_until
 
 
 def inspect(container: str, field: str) -> object:
@@ -57,6 +59,18 @@ def test_lives_as_a_tutorial_says(image: str, container: Callable) -> None:
     assert run("docker", "logs", name).stderr.count("Serving on http://") == 2
     run("docker", "stop", name)
     assert inspect(name, ".State.ExitCode") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="containers have addresses of their own on Linux")
+def test_a_stop_loses_nothing(image: str, container: Callable) -> None:
+    """`docker stop` while clients ask without a pause: each request is answered, and it ends by itself."""
+    name = container(image)
+    until_health(name, "healthy")
+    # Not the published port: what publishes it accepts connections that the container no longer does.
+    [network] = inspect(name, ".NetworkSettings.Networks").values()
+    assert unanswered_until_gone((network["IPAddress"], 5000), lambda: run("docker", "stop", name)) == []
+    assert inspect(name, ".State.ExitCode") == 0
+    assert '"Stopped"' in run("docker", "logs", name).stderr
 
 
 def test_ends_on_sigint(image: str, container: Callable) -> None:

@@ -4,13 +4,12 @@ import http.client
 import pathlib
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.support import Server, rest, server, statuses, wait_until
+from tests.support import Server, ask, rest, server, statuses, unanswered_until_gone, wait_until
 
 # /slow waits for a file named after its query; /stream sends a part before that and a part after.
 APPLICATION = """
@@ -55,27 +54,6 @@ def start(tmp_path: pathlib.Path) -> Callable:
     """A function that starts a server with an application that can be held up."""
     (tmp_path / "app.py").write_text(APPLICATION)
     return lambda **environ: server(tmp_path, **{"WAITRESS_LISTEN": "127.0.0.1:0"} | environ)
-
-
-def answer(connection: socket.socket) -> bytes:
-    """Return one answer, whose body is as long as its Content-Length says."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        part = connection.recv(1)
-        assert part, f"closed after {received!r}"
-        received += part
-    length = int(received.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-    while not received.partition(b"\r\n\r\n")[2][length - 1 :]:
-        part = connection.recv(65536)
-        assert part, f"closed after {received!r}"
-        received += part
-    return received
-
-
-def ask(connection: socket.socket, path: bytes) -> bytes:
-    """Ask for `path`; return the answer."""
-    connection.sendall(GET % path)
-    return answer(connection)
 
 
 def said(running: Server, word: str) -> bool:
@@ -331,32 +309,10 @@ def test_second_signal(start: Callable, tmp_path: pathlib.Path, second: signal.S
 
 def test_clients_that_reconnect(start: Callable) -> None:
     """Clients that ask without a pause, and come back when told to close, never go without an answer."""
-    failures, answered = [], [0] * 8
     with start() as running:
         host, port = running.listening()[0].removeprefix("http://").split(":")
-
-        def insist(number: int) -> None:
-            while True:
-                try:
-                    connection = socket.create_connection((host, port), 10)
-                except ConnectionRefusedError:
-                    return
-                try:
-                    with connection:
-                        while b"connection: close" not in ask(connection, b"/").lower():
-                            answered[number] += 1
-                except (OSError, AssertionError) as failure:
-                    failures.append(failure)
-
-        clients = [threading.Thread(target=insist, args=[number]) for number in range(len(answered))]
-        for client in clients:
-            client.start()
-        wait_until(lambda: min(answered) > 20, 30, "every client to have asked")
-        running.stop()
-        for client in clients:
-            client.join(30)
+        assert unanswered_until_gone((host, port), running.stop) == []
         assert running.ended() == 0
-    assert not failures
 
 
 def test_threads_of_the_application(start: Callable, tmp_path: pathlib.Path) -> None:
