@@ -121,8 +121,7 @@ def load_application(name: str) -> Callable:
 
 def where(failure: BaseException) -> str:
     """Return the last line of the application's own code that `failure` came through, as text, or nothing."""
-    own_package = pathlib.Path(__file__).parent
-    here = own_package.parent
+    here, own_package = pathlib.Path.cwd(), pathlib.Path(__file__).parent
     paths = [(pathlib.Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(failure.__traceback__)]
     own = [
         (path, line)

@@ -4,6 +4,7 @@ import os
 import select
 import signal
 import socket
+from contextlib import suppress
 
 from waitress import wasyncore
 from waitress.buffers import ReadOnlyFileBasedBuffer
@@ -177,10 +178,11 @@ class Connections(dict):
         self.changed.add(fd)
 
     def __delitem__(self, fd: int) -> None:
-        """Remove one, before it is closed."""
+        """Remove one. It may be closed already, and epoll knows no more of it then."""
         super().__delitem__(fd)
         self.changed.discard(fd)
-        self.await_events(fd, 0)
+        with suppress(OSError):
+            self.await_events(fd, 0)
 
     def channels(self) -> list[Channel]:
         """Return the connections: all but the listeners and the pipes."""
@@ -215,8 +217,8 @@ class Connections(dict):
         if wanted == known:
             return
         if not wanted:
-            self.epoll.unregister(fd)
             del self.awaited[fd]
+            self.epoll.unregister(fd)
             return
         (self.epoll.modify if known else self.epoll.register)(fd, wanted)
         self.awaited[fd] = wanted

@@ -128,6 +128,8 @@ class Server:
                 if not waiting.poll(0):
                     break
                 listener.handle_accept()
+            # At once, before all else that close() does: who comes between the last look and this is reset.
+            listener.socket.close()
             listener.close()
 
     def unanswered(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from serve.log import json_line, timestamp
-from tests.support import Server, rest, server, statuses, wait_until
+from tests.support import ROOT, Server, rest, server, statuses, wait_until
 
 APPLICATION = """
 import logging
@@ -261,8 +261,6 @@ def test_client_gone_before_its_answer(start: Callable, tmp_path: pathlib.Path) 
     wait += "    pathlib.Path('began').touch()\n"
     wait += "    while not pathlib.Path('go').exists():\n        time.sleep(0.01)\n"
     wait += "    start_response('200 OK', [])\n    return [bytes(9_000_000)] * 9\n"
-    with start(WAITRESS_THREADS="1") as running:
-        running.listening()
     (tmp_path / "app.py").write_text(wait)
     with start(WAITRESS_THREADS="1", WAITRESS_CHANNEL_REQUEST_LOOKAHEAD="1") as running:
         with running.connect() as impatient:
@@ -352,9 +350,7 @@ def test_closed_streams(start: Callable, tmp_path: pathlib.Path, streams: str) -
     """With standard streams closed from the start it serves; no connection gets the log instead of its answer."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with start() as running:  # for the files in its folder
-        running.listening()
-    environ = os.environ | {"WAITRESS_LISTEN": f"127.0.0.1:{port}"}
+    environ = os.environ | {"WAITRESS_LISTEN": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
     command = ["sh", "-c", f"exec {sys.executable} -m serve {streams}"]
     with subprocess.Popen(command, cwd=tmp_path, env=environ) as process:
         try:

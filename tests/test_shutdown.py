@@ -74,6 +74,8 @@ def until_refused(running: Server) -> None:
             running.connect().close()
         except ConnectionRefusedError:
             return True
+        except ConnectionResetError:  # right when it closes
+            return False
         return False
 
     wait_until(refused, 10, "the listener to close")
