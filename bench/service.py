@@ -9,6 +9,7 @@ A B A B, and given as the median; a figure in seconds or requests holds for this
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -101,7 +102,11 @@ class KeepAlive(threading.Thread):
         while True:
             try:
                 connection = socket.create_connection((self.address, 5000), 20)
-            except OSError:
+            except ConnectionRefusedError:
+                return
+            except OSError as error:
+                if error.errno not in {errno.EHOSTUNREACH, errno.ENETUNREACH}:
+                    self.failed += 1
                 return
             with connection:
                 try:
@@ -131,7 +136,9 @@ def stops(variant: str, count: int) -> list[str]:
             for client in clients:
                 client.start()
             deadline = time.monotonic() + 60
-            while sum(client.answered for client in clients) < 600 and time.monotonic() < deadline:
+            while sum(client.answered for client in clients) < 600:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{variant}: fewer than 600 answers in a minute")
                 time.sleep(0.01)
             start = time.perf_counter()
             run("docker", "stop", name)

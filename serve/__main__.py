@@ -46,7 +46,7 @@ from serve.settings import SettingError, read_settings
 log = logging.getLogger("serve")
 
 SELECT_FILES = 1024  # FD_SETSIZE: select() takes no descriptor from there on
-SPARE_FILES = 64  # descriptors that are left for what is no connection
+SPARE_FILES = 64  # descriptors that are left for what is no connection; of these each may have two, with a file
 LAST_PATIENCE = 1  # second for the application to end its own threads
 
 
@@ -141,7 +141,7 @@ def limit_connections(settings: dict[str, str]) -> None:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if not asbool(settings["asyncore_use_poll"]):
         files = min(files, SELECT_FILES)
-    wanted, fits = int(settings["connection_limit"]), files - min(SPARE_FILES, files // 2)
+    wanted, fits = int(settings["connection_limit"]), (files - min(SPARE_FILES, files // 2)) // 2
     if files != resource.RLIM_INFINITY and wanted > fits:
         settings["connection_limit"] = str(fits)
         log.warning("A limit of %d open files does not hold connection_limit=%d: it is now %d", files, wanted, fits)

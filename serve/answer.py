@@ -2,15 +2,18 @@
 
 import re
 import time
+from contextlib import suppress
 
 from waitress.channel import ClientDisconnected
+from waitress.proxy_headers import MalformedProxyHeader, parse_proxy_headers
 from waitress.task import ErrorTask, WSGITask
 
-from serve.log import json_line, timestamp
+from serve.log import ErrorStream, json_line, timestamp
 
 NOSNIFF = ("X-Content-Type-Options", "nosniff")
 OURS = {"x-request-id", "x-content-type-options"}
-STATUS = re.compile(r"[1-9][0-9]{2}(?: |$)")
+ERRORS = ErrorStream()
+STATUS = re.compile(r"[2-5][0-9]{2}(?: |$)")
 
 
 class Answer:
@@ -25,31 +28,33 @@ class Answer:
         """Make the answer, and put the request on record."""
         try:
             super().service()
-        except BaseException as failure:
+        except Exception as failure:
             if self.channel.header:  # nothing is sent yet, so there can be another answer
                 self.channel.header = b""
                 self.wrote_header = False
             if self.wrote_header or isinstance(failure, ClientDisconnected):
                 self.record()  # else waitress answers 500 next, and that is put on record
-            if isinstance(failure, Exception):
-                raise
-            # sys.exit(), say: waitress would keep the connection, without an answer, for ever.
-            raise RuntimeError(f"the application raised {failure!r}") from failure
+            raise
         self.record()
 
     def build_response_header(self) -> bytes:
         """Leave the header, with what every answer has, to the channel; return none, for waitress to send none."""
         channel = self.channel
-        if channel.state.closing and len(channel.requests) == 1:
-            # waitress answers `Connection: close` and closes. What else has arrived already is answered before that.
-            self.request.headers["CONNECTION"] = "close"
-            channel.lingers = True
+        if channel.state.closing:
+            with channel.requests_lock:  # under which several that arrive at once are added
+                last = len(channel.requests) == 1
+            if last:
+                # waitress answers `Connection: close` and closes. What else has arrived is answered before that.
+                self.request.headers["CONNECTION"] = "close"
+                channel.lingers = True
         theirs = [header for header in self.response_headers if header[0].lower() not in OURS]
         self.response_headers = [*theirs, ("X-Request-ID", channel.requests[0].id), NOSNIFF]
         if not STATUS.match(self.status):
             raise ValueError(f"the application answers with status {self.status!r}")
         channel.header = super().build_response_header()
         channel.body_sent = 0
+        # RFC 9112, section 6.3 (1). waitress sends it after HEAD, and files always; it would be the next answer.
+        channel.bodiless = channel.requests[0].command == "HEAD" or self.status[:3] in {"204", "304"}
         return b""
 
     def finish(self) -> None:
@@ -75,11 +80,24 @@ class Answer:
             "status": status,
             "bytes": channel.body_sent if self.wrote_header else 0,
             "duration_ms": round((time.monotonic() - request.began) * 1000, 3),
-            "remote_addr": request.environ["REMOTE_ADDR"] if request.environ else channel.addr[0],
+            "remote_addr": self.remote_address(),
             "request_id": request.id,
             "user_agent": request.headers.get("USER_AGENT"),
         }
         channel.state.access_log.write(json_line(entry))
+
+    def remote_address(self) -> str:
+        """Return the client's address; a trusted proxy's own where the headers could not even be read."""
+        channel, request = self.channel, self.channel.requests[0]
+        if request.environ:
+            return request.environ["REMOTE_ADDR"]
+        # Refused, so waitress has not looked at what a proxy says: only the application's environ passes there.
+        environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
+        environ |= {"REMOTE_ADDR": channel.addr[0], "wsgi.url_scheme": "http"}
+        if channel.adj.trusted_proxy in {"*", channel.addr[0]}:
+            with suppress(MalformedProxyHeader):
+                parse_proxy_headers(environ, channel.adj.trusted_proxy_count, channel.adj.trusted_proxy_headers)
+        return environ["REMOTE_ADDR"]
 
 
 class Application(Answer, WSGITask):
@@ -89,15 +107,29 @@ class Application(Answer, WSGITask):
     it returns, and changes that where a trusted proxy's headers say so.
     """
 
+    def execute(self) -> None:
+        """Call the application.
+
+        What is no Exception, sys.exit() say, waitress leaves without an answer on an open connection; it may take
+        OSError for the client's leaving.
+        """
+        try:
+            super().execute()
+        except BaseException as failure:
+            if isinstance(failure, Exception) and not isinstance(failure, OSError):
+                raise
+            raise RuntimeError(f"the application raised {failure!r}") from failure
+
     def get_environment(self) -> dict:
         """Return the WSGI environ, with the request's id and whether the server is about to stop."""
         self.request.headers["X_REQUEST_ID"] = self.request.id
         environ = self.request.environ = super().get_environment()
+        environ["wsgi.errors"] = ERRORS
         environ["serve.draining"] = self.channel.state.draining
         return environ
 
 
-class Refusal(Answer, ErrorTask):
+class ErrorAnswer(Answer, ErrorTask):
     """An answer that waitress makes by itself: to a request that it refuses, or where the application has failed.
 
     Relied upon: execute() writes the answer to request.error, and waitress closes the connection after it.

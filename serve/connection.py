@@ -1,22 +1,29 @@
 """Connections: how each is served, and how the process waits for all of them."""
 
+import fcntl
 import os
 import select
 import signal
 import socket
-from contextlib import suppress
+import sys
+import termios
+from contextlib import nullcontext, suppress
 
 from waitress import wasyncore
 from waitress.buffers import ReadOnlyFileBasedBuffer
-from waitress.channel import HTTPChannel
+from waitress.channel import ClientDisconnected, HTTPChannel
 
-from serve.answer import Application, Refusal
+from serve.answer import Application, ErrorAnswer
 from serve.log import Outlet
 from serve.request import Parser, refusal
 
 QUIET = 0.5  # seconds after which a connection on which nothing happens counts as idle, once the server closes
 LARGE = 2**16  # bytes, from which on copying costs more than it saves
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LINGER = 2.0  # seconds for a client to notice that it has had its last answer
+
+
+ANY = select.EPOLLIN | select.EPOLLOUT
 
 
 class State:
@@ -24,6 +31,7 @@ class State:
 
     draining = False  # the application is told, so that its /health fails
     closing = False  # every answer is the last on its connection
+    full = False  # no more connections are accepted
 
     def __init__(self, access_log: Outlet | None, read_timeout: float) -> None:
         """Begin to serve, with an access log or without; `read_timeout` is in seconds."""
@@ -41,9 +49,10 @@ class Channel(HTTPChannel):
     """
 
     task_class = Application
-    error_task_class = Refusal
+    error_task_class = ErrorAnswer
     parser_class = Parser
 
+    bodiless = False  # the answer that is being made has no body, whatever the application gives
     header = b""  # of the answer that is being made, until its body begins
     body_sent = 0  # bytes of it; with what chunks add, as nginx counts them
     lingers = False  # after its last answer it reads on for a while
@@ -65,30 +74,39 @@ class Channel(HTTPChannel):
         if self.lingering:
             pending = "the end"
         elif self.total_outbufs_len:
-            pending = self.last_activity
+            pending = (self.last_activity, unacknowledged(self.socket))
+            if self.requests and self.total_outbufs_len < self.adj.send_bytes:
+                pending = None  # waitress waits for more
         elif self.requests:
             pending = None  # it is our turn
+        elif self.arriving():
+            pending = self.request
         else:
-            pending = self.request or self.last_activity
+            pending = "anything" if self.request else self.last_activity
         if pending is None or pending != self.pending:
             self.pending, self.pending_since = pending, now
         return now - self.pending_since
 
+    def arriving(self) -> bool:
+        """Tell whether a request has begun to arrive. Empty lines before it (RFC 9112, section 2.2) are none."""
+        return bool(self.request) and (self.request.headers_finished or bool(self.request.header_plus.strip(b"\r\n")))
+
     def check(self, now: float) -> None:
         """Do what is due if the client has been waited for long enough."""
         waited = self.waited(now)
+        limit, act = self.state.read_timeout, self.handle_close
         if self.lingering:
-            limit, act = QUIET if self.state.closing else LINGER, self.handle_close
+            limit = QUIET if self.state.closing else LINGER
         elif self.total_outbufs_len:
-            limit, act = self.state.read_timeout, self.handle_close
+            pass
         elif self.requests or self.close_when_flushed:
             return
-        elif self.request:
-            limit, act = self.state.read_timeout, self.time_out
+        elif self.arriving():
+            act = self.time_out
         elif self.state.closing:
-            limit, act = QUIET, self.handle_close
-        else:
-            return  # waitress closes it after channel_timeout
+            limit = QUIET
+        elif not self.state.full:
+            return  # it is idle, and waitress closes it after channel_timeout
         if waited >= limit:
             act()
 
@@ -96,7 +114,7 @@ class Channel(HTTPChannel):
         """Return how many requests are arriving, in work or on their way out."""
         if self.lingering:
             return 0
-        return len(self.requests) + bool(self.request) or bool(self.total_outbufs_len)
+        return len(self.requests) + self.arriving() or bool(self.total_outbufs_len)
 
     def time_out(self) -> None:
         """Answer 408 to the request that is arriving."""
@@ -112,22 +130,50 @@ class Channel(HTTPChannel):
         The header goes with the first part. waitress sends each by itself: two system calls, at each of which the
         threads contend for the interpreter, and two packets.
         """
-        if not data:
+        size = len(data)  # before: what is left of a file shrinks as it is sent
+        if not size:
             return 0
-        if self.header and not isinstance(data, ReadOnlyFileBasedBuffer) and len(data) <= LARGE:
-            super().write_soon(self.header + data)
+        is_file = isinstance(data, ReadOnlyFileBasedBuffer)
+        if self.bodiless:
+            self.send_header()
+            if is_file:
+                data.close()
+            return size
+        if self.header and not is_file and size <= LARGE:
+            self.keep(self.header + data)
             self.header = b""
-            written = len(data)
         else:
             self.send_header()
-            written = super().write_soon(data)
-        self.body_sent += written
-        return written
+            self.keep(data)
+        self.body_sent += size
+        return size
+
+    def keep(self, data: bytes | ReadOnlyFileBasedBuffer) -> None:
+        """Send what the client takes, and keep the rest; close the connection if there is no room for that."""
+        try:
+            super().write_soon(data)
+        except OSError as error:
+            self.logger.warning("No room for an answer to wait in: %s", error)
+            self.will_close = True
+            self.server.pull_trigger()
+            raise ClientDisconnected from error
+
+    def send_continue(self) -> None:
+        """Have "100 Continue" sent by the main thread.
+
+        A thread of waitress's sends it itself: while the main thread may send as well, or close the connection.
+        """
+        self.request.expect_continue = False
+        self.sent_continue = True
+        with self.outbuf_lock:
+            self.outbufs[-1].append(CONTINUE)
+            self.current_outbuf_count += len(CONTINUE)
+            self.total_outbufs_len += len(CONTINUE)
 
     def send_header(self) -> None:
         """Send the header, if that has not been done."""
         if self.header:
-            super().write_soon(self.header)
+            self.keep(self.header)
             self.header = b""
 
     def received(self, data: bytes) -> bool:
@@ -140,12 +186,13 @@ class Channel(HTTPChannel):
         After an answer that the client may not expect, only our side of the connection is closed: if it were closed
         while the client still sends, the answer would be lost (RFC 9112, section 9.6).
         """
-        if not (self.close_when_flushed and self.lingers):
+        ends = self.close_when_flushed and self.lingers
+        if ends:
+            self.close_when_flushed = False
+        # waitress sends without the lock where no request is in work; see send_continue().
+        with nullcontext() if self.requests else self.outbuf_lock:
             super().handle_write()
-            return
-        self.close_when_flushed = False
-        super().handle_write()
-        if not self.connected:
+        if not (ends and self.connected):
             return
         if self.total_outbufs_len:
             self.close_when_flushed = True
@@ -154,8 +201,19 @@ class Channel(HTTPChannel):
             self.socket.shutdown(socket.SHUT_WR)
 
 
+def unacknowledged(connection: socket.socket) -> int:
+    """Return how many bytes the system holds that the other end has not acknowledged, where that can be told.
+
+    It takes more from us only when a good part of its buffer, of maybe megabytes, is free: with a slow client, seldom.
+    """
+    try:
+        return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
+
+
 class Connections(dict):
-    """The map of all that waitress waits for, by file descriptor.
+    """The map of all that waitress waits for, by file descriptor. It belongs to the main thread.
 
     waitress asks every connection, before it waits, whether it wants to read or to write. With a thousand of them that
     takes longer than a request does. Here epoll keeps the answers, and only those are asked that may have changed:
@@ -195,24 +253,27 @@ class Connections(dict):
             return
         for fd in list(self.changed):
             dispatcher = self[fd]
+            # Before it is asked: what a thread changes after that, it changes while there is a request in work.
+            busy = dispatcher.accepting or getattr(dispatcher, "requests", None)
             wanted = wants(dispatcher)
             # That nothing is to be read while a request is in work is not worth a system call: few clients send then.
             if wanted or self.awaited.get(fd, 0) != select.EPOLLIN:
                 self.await_events(fd, wanted)
-            if not (dispatcher.accepting or getattr(dispatcher, "requests", None)):
+            if not busy:
                 self.changed.discard(fd)
         for fd, events in self.epoll.poll(timeout):
             dispatcher = self.get(fd)
             if dispatcher is None:
                 continue
             self.changed.add(fd)
-            if wants(dispatcher):
-                wasyncore.readwrite(dispatcher, events)
+            wanted = wants(dispatcher)
+            if events & (wanted | select.EPOLLHUP | select.EPOLLERR) and wanted:
+                wasyncore.readwrite(dispatcher, events & ~(ANY & ~wanted))
             else:
-                self.await_events(fd, 0)
+                self.await_events(fd, wanted)
 
     def await_events(self, fd: int, wanted: int) -> None:
-        """Let epoll wait for `wanted`; for nothing it may not even know `fd`, or it would report that one hangs up."""
+        """Let epoll wait for `wanted`. For nothing, `fd` is taken out: epoll reports those that hang up in any case."""
         known = self.awaited.get(fd, 0)
         if wanted == known:
             return
@@ -225,7 +286,7 @@ class Connections(dict):
 
 
 def wants(dispatcher: wasyncore.dispatcher) -> int:
-    """Return the events that waitress would wait for, less urgent data, which is read in its place like other data."""
+    """Return the events that waitress would wait for, less urgent data: it would log each byte, and never read it."""
     wanted = select.EPOLLIN if dispatcher.readable() else 0
     if not dispatcher.accepting and dispatcher.writable():
         wanted |= select.EPOLLOUT
@@ -246,6 +307,7 @@ class Wakeup(wasyncore.file_dispatcher):
         os.set_blocking(self.write_end, False)
         signal.set_wakeup_fd(self.write_end)
         super().__init__(read_end, map=connections)
+        os.close(read_end)  # waitress has made a copy
         self.pulled = False
 
     def pull(self) -> None:

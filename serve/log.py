@@ -1,5 +1,6 @@
 """The log: JSON, a line an entry; requests on standard output, everything else on standard error."""
 
+import io
 import json
 import logging
 import os
@@ -8,7 +9,9 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from functools import lru_cache
+from types import TracebackType
 
 log = logging.getLogger("serve")
 
@@ -16,13 +19,18 @@ log = logging.getLogger("serve")
 class Outlet:
     """A file descriptor for lines of a log. It never waits: who reads it may have stopped, and would stop us."""
 
-    LIMIT = 1_000_000  # characters that wait to be written; what does not fit is lost
+    LIMIT = 1_000_000  # bytes that wait to be written; what does not fit is lost
 
     def __init__(self, fd: int) -> None:
         """Write to `fd`, which stays blocking: it may be somebody else's terminal too."""
         self.fd = fd
+        if os.isatty(fd):
+            # A terminal has room for less than a pipe when it says that it has any. Opened anew, it can be told not to
+            # wait without telling everybody who has it.
+            with suppress(OSError):
+                self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         self.room = select.poll()
-        self.room.register(fd, select.POLLOUT)
+        self.room.register(self.fd, select.POLLOUT)
         self.lines: deque[bytes] = deque()
         self.waiting = 0
         self.lost = 0
@@ -34,8 +42,9 @@ class Outlet:
             if self.waiting > self.LIMIT:
                 self.lost += 1
                 return
-            self.lines.append(line.encode())
-            self.waiting += len(self.lines[-1])
+            encoded = line.encode()
+            self.lines.append(encoded)
+            self.waiting += len(encoded)
 
     def flush(self) -> None:
         """Write what can be written now, in one thread at a time: whole lines where they are not very long."""
@@ -47,6 +56,9 @@ class Outlet:
             try:
                 # So much a pipe takes at once, if it takes anything (POSIX, write()).
                 written = os.write(self.fd, chunk[: select.PIPE_BUF])
+            except BlockingIOError:
+                self.lines.appendleft(chunk)
+                return
             except OSError:  # nobody reads any more, or the disk is full
                 written, failed = len(chunk), chunk.count(b"\n")
             if written < len(chunk):
@@ -55,11 +67,31 @@ class Outlet:
                 self.waiting -= written
                 self.lost += failed
 
+    def finish(self, seconds: float) -> None:
+        """Write what is left, for at most so long; the rest is lost."""
+        deadline = time.monotonic() + seconds
+        while self.lines and time.monotonic() < deadline:
+            self.room.poll(50)
+            self.flush()
+        with self.lock:
+            self.lost += b"".join(self.lines).count(b"\n")
+            self.lines.clear()
+
     def count_lost(self) -> int:
         """Return how many lines have been lost since the last call."""
         with self.lock:
             lost, self.lost = self.lost, 0
         return lost
+
+
+class ErrorStream(io.TextIOBase):
+    """What an application writes to environ["wsgi.errors"] (PEP 3333), as entries of the log."""
+
+    def write(self, text: str) -> int:
+        """Log a text, without the white space at its end."""
+        if text.strip():
+            logging.getLogger("wsgi.errors").error("%s", text.rstrip())
+        return len(text)
 
 
 class JSONFormatter(logging.Formatter):
@@ -105,9 +137,15 @@ def log_as_json(level: str) -> logging.Handler:
     logging.captureWarnings(capture=True)
     # waitress warns once for each request that finds no thread idle; Server.report() sums up.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    sys.excepthook = log_crash
     threading.excepthook = log_thread
     sys.unraisablehook = log_unraisable
     return handler
+
+
+def log_crash(kind: type, failure: BaseException, trace: TracebackType | None) -> None:
+    """Log what has ended the process."""
+    log.critical("Ended by an exception", exc_info=(kind, failure, trace))
 
 
 def log_thread(ended: threading.ExceptHookArgs) -> None:

@@ -12,15 +12,24 @@ from waitress.utilities import Error
 # RFC 9112, section 3: the parts of the request line stand between single spaces, and a target has no control character.
 # Bytes from 0x80 on do not belong there either, but `curl localhost:5000/Jørgen` sends them, and they mislead nobody.
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Z]+) ([^\x00-\x20\x7f]+) HTTP/([0-9]\.[0-9])")
+TARGET = re.compile(rb"/|https?://[^/?#@]+(?:[/?]|$)")
 # Where a request line may still be on its way: a TLS handshake is none, nor is what does not begin with a method.
 BEGINNING = re.compile(rb"(?:\r\n)*\r?(?:[!#$%&'*+\-.^_`|~0-9A-Z]|$)")
 # RFC 9112, section 3, asks for at least 8000 bytes.
 LONGEST_LINE = 8190
+# RFC 9110, section 5.5. And so many blanks in a row that waitress, whose pattern for a header tries each beginning of
+# them with each end, would be busy with one header for a second.
+HARMFUL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|[ \t]{128}")
 CODINGS = re.compile(rb"\r\ntransfer-encoding:[ \t]*([^\r\n]*)", re.IGNORECASE)
 LENGTH = re.compile(rb"\r\ncontent-length:", re.IGNORECASE)
 FOLD = re.compile(rb"\r\n[ \t]")
 # RFC 9110, section 7.2: uri-host [ ":" port ]. A comma is what waitress puts between two Host lines, with a space.
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]*)?")
+CLOSE = re.compile(r"(?:^|,)[ \t]*close[ \t]*(?:,|$)", re.IGNORECASE)
+# RFC 9112, section 7.1: a chunk's size, with extensions that mean nothing here; a field of the trailer, likewise.
+SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+FIELD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+LONGEST_SIZE = 256
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -43,13 +52,15 @@ def refused_line(line: bytes) -> Error | None:
         return refusal(505, "HTTP Version Not Supported", "this server speaks HTTP/1.1 and HTTP/1.0")
     if method == b"CONNECT":
         return refusal(501, "Not Implemented", "this server is no proxy")
-    if not (target.startswith((b"/", b"http://", b"https://")) or (method, target) == (b"OPTIONS", b"*")):
+    if not (TARGET.match(target) or (method, target) == (b"OPTIONS", b"*")):
         return refusal(400, "Bad Request", "a target is a path that begins with /, or an http URL")
     return None
 
 
 def refused_framing(header: bytes) -> Error | None:
     """Return what a header is refused with whose end, or whose body's end, another server may see elsewhere."""
+    if HARMFUL.search(header):
+        return refusal(400, "Bad Request", "a header has no control characters, and not so many blanks in a row")
     # RFC 9112, section 5.2. waitress would join the lines.
     if FOLD.search(header):
         return refusal(400, "Bad Request", "a header is one line, not folded")
@@ -67,6 +78,14 @@ def refused_framing(header: bytes) -> Error | None:
     if LENGTH.search(header):
         return refusal(400, "Bad Request", "Transfer-Encoding and Content-Length exclude each other")
     return None
+
+
+def refused_unfinished(header: bytes) -> Error | None:
+    """Return what the beginning of a header is refused with, if it can be told already."""
+    if header.count(b"\n") != header.count(b"\r\n"):
+        return refusal(400, "Bad Request", "a line ends with CR LF")
+    line, end, _ = header.lstrip(b"\r\n").partition(b"\r\n")
+    return refused_line(line) if end or len(line) > LONGEST_LINE + 1 else None
 
 
 class Parser(HTTPRequestParser):
@@ -89,17 +108,12 @@ class Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         """Take what has arrived; return how many bytes of it belong to this request."""
-        try:
-            consumed = super().received(data)
-        except OSError:  # what waitress keeps of a body in a file has found no room
+        if not self.headers_finished and not BEGINNING.match(self.header_plus + data):
+            # Here, because waitress strips whatever blanks a header begins with.
+            self.refused = refusal(400, "Bad Request", "this is not HTTP")
             consumed = len(data)
-            self.refused = refusal(503, "Service Unavailable", "there is no room for the body")
-        if not self.headers_finished:
-            if self.completed:  # too long; waitress has put a request for / in its place
-                self.command = self.request_uri = None
-                self.version = Parser.version
-                data = self.header_plus + data
-            self.refused = self.refused_unfinished(self.header_plus if not self.completed else data)
+        else:
+            consumed = self.parse(data)
         if self.refused:
             self.error = self.refused
             self.completed = True
@@ -108,14 +122,20 @@ class Parser(HTTPRequestParser):
             self.expect_continue = False
         return consumed
 
-    def refused_unfinished(self, header: bytes) -> Error | None:
-        """Return what the beginning of a header is refused with, if it can be told already."""
-        if not BEGINNING.match(header):
-            return refusal(400, "Bad Request", "this is not HTTP")
-        if header.count(b"\n") != header.count(b"\r\n"):
-            return refusal(400, "Bad Request", "a line ends with CR LF")
-        line, end, _ = header.lstrip(b"\r\n").partition(b"\r\n")
-        return refused_line(line) if end or len(line) > LONGEST_LINE else None
+    def parse(self, data: bytes) -> int:
+        """Have waitress take what has arrived; return how many bytes of it belong to this request."""
+        try:
+            consumed = super().received(data)
+        except OSError:  # what waitress keeps of a body in a file has found no room
+            self.refused = refusal(503, "Service Unavailable", "there is no room for the body")
+            return len(data)
+        if not self.headers_finished:
+            if self.completed:  # too long; waitress has put a request for / in its place
+                self.command = self.request_uri = None
+                self.version = Parser.version
+                self.header_plus += data
+            self.refused = refused_unfinished(self.header_plus)
+        return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
         """Read a whole header; raises ParsingError for what is refused."""
@@ -129,20 +149,107 @@ class Parser(HTTPRequestParser):
             super().parse_header(header_plus)
         except ValueError as error:  # a length of thousands of digits, a URL with half an IPv6 address
             raise ParsingError("Invalid header") from error
-        given = self.headers.get("X_REQUEST_ID")
-        if given and REQUEST_ID.fullmatch(given):
-            self.id = given
+        # RFC 9112, section 3.2. Two of them waitress has joined with ", ".
+        host = self.headers.get("HOST", None if self.version == "1.1" else "")
+        if host is None or not HOST.fullmatch(host) or not HOST.fullmatch(self.proxy_netloc):
+            self.refused = refusal(400, "Bad Request", "a request has one Host header, with a host and port")
+            raise ParsingError(self.refused.body)
         if self.proxy_netloc:
             # RFC 9112, section 3.2.2: the host of an absolute target takes the place of the Host header's.
             self.headers["HOST"] = self.proxy_netloc
             self.path = self.path or "/"
-        # RFC 9112, section 3.2. Two of them waitress has joined with ", ".
-        host = self.headers.get("HOST", None if self.version == "1.1" else "")
-        if host is None or not HOST.fullmatch(host):
-            self.refused = refusal(400, "Bad Request", "a request has one Host header, with a host and port")
-            raise ParsingError(self.refused.body)
+        if CLOSE.search(
+            self.headers.get("CONNECTION", "")
+        ):  # a list (RFC 9110, section 7.6.1); waitress wants it alone
+            self.headers["CONNECTION"] = "close"
+        given = self.headers.get("X_REQUEST_ID")
+        if given and REQUEST_ID.fullmatch(given):
+            self.id = given
+        if self.chunked:
+            self.body_rcv = Chunks(self.body_rcv.getbuf(), self.adj.max_request_header_size)
 
     def close(self) -> None:
         """Throw the body away, which is a file that may find no room even for its last bytes."""
         with suppress(OSError):
             super().close()
+
+
+class Chunks:
+    """A body in chunks (RFC 9112, section 7.1), in the place of waitress's ChunkedReceiver.
+
+    That one takes some lines that end with LF alone, anything for a trailer, and either without an end; and it writes
+    each chunk by itself, which with chunks of a byte is a second's work for some 100 KB.
+
+    Relied upon: the parser calls received() until `completed` or `error` is set, and the rest here as it is.
+    """
+
+    completed = False
+    error: Error | None = None
+
+    def __init__(self, buffer: object, trailer_limit: int) -> None:
+        """Collect the body in one of waitress's buffers; a trailer may have so many bytes."""
+        self.buffer = buffer
+        self.trailer_left = trailer_limit
+        self.chunk_left = 0  # bytes
+        self.line = b""  # as much of it as there is
+        self.take_line = self.take_size
+
+    def received(self, data: bytes) -> int:
+        """Take what has arrived; return how many bytes of it belong to this body."""
+        taken, content = 0, []
+        while taken < len(data) and not (self.completed or self.error):
+            if self.chunk_left:
+                content.append(data[taken : taken + self.chunk_left])
+                taken += len(content[-1])
+                self.chunk_left -= len(content[-1])
+                continue
+            end = data.find(b"\n", taken) + 1 or len(data)
+            self.line += data[taken:end]
+            taken = end
+            if self.line.endswith(b"\r\n"):
+                line, self.line = self.line[:-2], b""
+                self.take_line(line)
+            elif self.line.endswith(b"\n") or len(self.line) > self.trailer_left:
+                self.refuse("a line of a chunked body ends with CR LF, and is not too long")
+        if content:
+            self.buffer.append(b"".join(content))
+        return taken
+
+    def take_size(self, line: bytes) -> None:
+        """Begin a chunk."""
+        match = SIZE.fullmatch(line)
+        if not match or len(line) > LONGEST_SIZE:
+            self.refuse("a chunk begins with its size in hexadecimal digits")
+            return
+        self.chunk_left = int(match[1], 16)
+        self.take_line = self.take_end if self.chunk_left else self.take_field
+
+    def take_end(self, line: bytes) -> None:
+        """End a chunk."""
+        if line:
+            self.refuse("a chunk is as long as it says")
+        self.take_line = self.take_size
+
+    def take_field(self, line: bytes) -> None:
+        """Take a line of the trailer, of which nothing is used; an empty one is the last."""
+        self.trailer_left -= len(line)
+        if not line:
+            self.completed = True
+        elif not FIELD.fullmatch(line):
+            self.refuse("a trailer is made of headers")
+
+    def refuse(self, why: str) -> None:
+        """Take no more."""
+        self.error = refusal(400, "Bad Request", why)
+
+    def __len__(self) -> int:
+        """Return how many bytes the body has so far."""
+        return len(self.buffer)
+
+    def getfile(self) -> object:
+        """Return the body to be read."""
+        return self.buffer.getfile()
+
+    def getbuf(self) -> object:
+        """Return the buffer."""
+        return self.buffer

@@ -18,6 +18,7 @@ log = logging.getLogger("serve")
 
 CHECK = 0.25  # seconds between two looks at all connections, for clients that have been waited for too long
 CHECK_CLOSING = 0.05  # the same, while somebody waits for the end
+LAST_LINES = 0.5  # seconds for the rest of the access log to be written
 REPORT = 10.0  # seconds between two reports of the same trouble
 
 
@@ -66,6 +67,8 @@ class Server:
                 self.check(now)
             if self.state.access_log:
                 self.state.access_log.flush()
+        if self.state.access_log:
+            self.state.access_log.finish(LAST_LINES)
         self.report(now)
         return code
 
@@ -82,6 +85,7 @@ class Server:
     def check(self, now: float) -> None:
         """Close the connections that have waited too long, and report trouble."""
         self.checked = now
+        self.state.full = any(listener.in_connection_overflow for listener in self.listeners)
         self.connections.changed.update(self.connections)
         for channel in self.connections.channels():
             channel.check(now)
@@ -92,7 +96,7 @@ class Server:
     def report(self, now: float) -> None:
         """Log what has gone wrong since the last report, if anything has."""
         if self.deepest_queue:
-            log.warning("Requests that waited for one of %d threads, at most: %d", self.adj.threads, self.deepest_queue)
+            log.warning("Requests seen waiting for one of %d threads: %d", self.adj.threads, self.deepest_queue)
             self.deepest_queue = 0
             self.reported = now
         if self.state.access_log and (lost := self.state.access_log.count_lost()):
@@ -125,9 +129,11 @@ class Server:
             waiting = select.poll()
             waiting.register(listener.socket, select.POLLIN)
             for _ in range(self.adj.backlog):
-                if not waiting.poll(0):
+                before = len(self.connections)
+                if waiting.poll(0):
+                    listener.handle_accept()
+                if len(self.connections) == before:  # nobody, or no descriptor for them
                     break
-                listener.handle_accept()
             # At once, before all else that close() does: who comes between the last look and this is reset.
             listener.socket.close()
             listener.close()

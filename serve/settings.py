@@ -20,17 +20,20 @@ DEFAULTS = {
     # select() fails, and the server with it, as soon as there are more than 1024 connections and files.
     "asyncore_use_poll": "true",
     # With waitress's own 100, that many clients who send half a request keep everybody else out for READ_TIMEOUT. One
-    # that waits costs the process some 3 KiB, and its headers, so these fit into a small container's memory.
-    "connection_limit": "4000",
+    # that waits costs the process some 3 KiB, and the half that it has sent, 32 KiB at most: 64 MiB for all of them.
+    "connection_limit": "2000",
     # A burst waits in the kernel, as long a queue as Linux allows (net.core.somaxconn), instead of retrying after 1 s.
     "backlog": "4096",
     # 16 KiB, line and headers: more than any browser sends. waitress's own 256 KiB would be kept for each connection.
     "max_request_header_size": str(2**14),
+    # An answer of more than 1 MiB holds its thread until the client has taken all but that. With waitress's own 16 MiB
+    # a few slow downloads filled /tmp, and cut each other off.
+    "outbuf_high_watermark": str(2**20),
     # 1 MiB. waitress's own 1 GiB is kept in /tmp, which is memory, and one request would get the container killed.
     "max_request_body_size": str(2**20),
-    # 64 KiB of a body are kept in the process, the rest in /tmp, which compose bounds: clients that stop in the middle
-    # of their uploads fill it at worst, and get 503. With waitress's own 512 KiB, 500 of them got the container killed.
-    "inbuf_overflow": str(2**16),
+    # 32 KiB of a body are kept in the process, the rest in /tmp, which compose bounds too: clients that stop in the
+    # middle of their uploads fill it at worst, and get 503. With waitress's own 512 KiB, 500 of them got it killed.
+    "inbuf_overflow": str(2**15),
 }
 
 # The settings of waitress and how it reads each. It has no public list; a test gives each its own default to read.
@@ -117,10 +120,10 @@ def waitress_settings(environ: Mapping[str, str]) -> dict[str, str]:
         if problem := problem_with(variable, value):
             raise SettingError(variable, value, problem)
     settings = with_defaults(given)
-    if problem := refusal(settings):
+    if problem := conflict(settings):
         # waitress says what it refuses, not which variable is wrong. It is one without which the others are accepted.
         for variable, value in given.items():
-            if not refusal(with_defaults({other: given[other] for other in given if other != variable})):
+            if not conflict(with_defaults({other: given[other] for other in given if other != variable})):
                 raise SettingError(variable, value, problem)
         raise SettingError(PREFIX + "*", " ".join(given.values()), problem)
     return settings
@@ -134,7 +137,7 @@ def with_defaults(given: Mapping[str, str]) -> dict[str, str]:
     return DEFAULTS | settings
 
 
-def refusal(settings: Mapping[str, str]) -> str | None:
+def conflict(settings: Mapping[str, str]) -> str | None:
     """Return what speaks against `settings` taken together, or None."""
     try:
         adjustments = Adjustments(**settings)
@@ -202,6 +205,8 @@ def have_ports(value: str) -> bool:
 TAKES: dict[str, tuple[Callable[[str], object], str]] = {
     "listen": (have_ports, "takes addresses such as *:5000, with ports from 0 to 65535"),
     "unix_socket": (bool, "takes a path"),
+    "ident": (str.isascii, "takes ASCII"),
+    "server_name": (str.isascii, "takes ASCII"),
     "url_scheme": ({"http", "https"}.__contains__, "takes http or https"),
     "trusted_proxy": (
         lambda value: value in {"*", "localhost"} or is_address(value),

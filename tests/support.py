@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -108,6 +109,17 @@ def unanswered_until_gone(address: tuple[str, int], stop: Callable[[], object]) 
         client.join(30)
         assert not client.is_alive(), "somebody listens still"
     return failures
+
+
+@contextmanager
+def many_files() -> Iterator[None]:
+    """Let this process open three thousand files, where it may."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(3000, before[1]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 class Server:

@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from tests.support import Project, get, run
+from tests.support import Project, get, many_files, run
 
 
 def test_up_serves_and_down_removes(project: Project) -> None:
@@ -82,18 +82,20 @@ def test_the_tests_pass_inside_of_the_image(project: Project) -> None:
     assert " failed" not in done.stdout
 
 
-def test_many_unfinished_uploads(project: Project) -> None:
-    """Hundreds of clients that stop in the middle of their uploads neither get it killed nor keep others out."""
+@pytest.mark.parametrize(("clients", "size"), [(700, 500_000), (1900, 32_000)])
+def test_many_unfinished_uploads(project: Project, clients: int, size: int) -> None:
+    """Clients that stop in the middle of their uploads, many or large, neither get it killed nor keep others out."""
     project.compose("up", "--build", "--wait")
     url = project.url()
-    host, port = url.removeprefix("http://").split(":")
-    half = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 500000\r\n\r\n" + bytes(499_999)
-    with ExitStack() as clients:
-        for _ in range(700):
-            client = clients.enter_context(socket.create_connection((host, port), 20))
+    container = project.compose("ps", "--quiet").stdout.strip()
+    [facts] = json.loads(run("docker", "inspect", container).stdout)
+    [network] = facts["NetworkSettings"]["Networks"].values()
+    half = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n".encode() + bytes(size - 1)
+    with many_files(), ExitStack() as stack:
+        for _ in range(clients):
+            client = stack.enter_context(socket.create_connection((network["IPAddress"], 5000), 20))
             with suppress(OSError):  # some are refused, for lack of room
                 client.sendall(half)
         assert get(url + "/health")[0] == 200
-    container = project.compose("ps", "--quiet").stdout.strip()
-    state = json.loads(run("docker", "inspect", "--format", "{{json .}}", container).stdout)
-    assert (state["State"]["OOMKilled"], state["RestartCount"]) == (False, 0)
+    [facts] = json.loads(run("docker", "inspect", container).stdout)
+    assert (facts["State"]["OOMKilled"], facts["RestartCount"]) == (False, 0)

@@ -99,6 +99,12 @@ def app(environ, start_response):
         case "large":
             start_response("200 OK", [("Content-Length", "90000000")])
             return (bytes(1_000_000) for _ in range(90))
+        case "file":
+            start_response("200 OK", [("Content-Length", "9")])
+            return environ["wsgi.file_wrapper"](open("some", "rb"))
+        case "not-modified":
+            start_response("304 Not Modified", [])
+            return [b"body"]
         case "waits":
             wait()
     start_response("200 OK", [("Content-Length", "2")])
@@ -207,7 +213,7 @@ def test_threads_all_stuck(tmp_path: pathlib.Path) -> None:
                 connection.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") % b"waits")
             wait_until(lambda: len(list(tmp_path.glob("began-*"))) == 2, 10, "both threads to be stuck")
             assert probe() == (1, "unhealthy: timed out\n")
-            assert [m for m in running.messages() if m.startswith("Requests that waited for one of 2 threads")]
+            assert [m for m in running.messages() if m.startswith("Requests seen waiting for one of 2 threads")]
             (tmp_path / "go").touch()
             assert statuses(rest(one)) == statuses(rest(two)) == [200]
         assert probe() == (0, "")
@@ -218,3 +224,21 @@ def test_exposed_traceback(tmp_path: pathlib.Path) -> None:
     (tmp_path / "app.py").write_text(APPLICATION)
     with server(tmp_path, WAITRESS_LISTEN="127.0.0.1:0", WAITRESS_EXPOSE_TRACEBACKS="true") as running:
         assert b"\nRuntimeError: secret\n" in running.exchange(GET % b"raises")
+
+
+@pytest.mark.parametrize(
+    "line", [b"HEAD /", b"HEAD /file", b"HEAD /raises", b"HEAD /raises-after-part", b"GET /not-modified"]
+)
+def test_no_body(running: Server, tmp_path: pathlib.Path, line: bytes) -> None:
+    """Where an answer has no body (RFC 9112, 6.3), what an application gives does not become the next answer."""
+    (tmp_path / "some").write_text("some text")
+    answered = running.exchange(line + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert answered.endswith(b"\r\n\r\n")
+    assert answered.count(b"\r\n\r\n") == 1
+
+
+def test_os_error_is_not_the_clients(tmp_path: pathlib.Path) -> None:
+    """An application's OSError is answered 500 also where waitress is told not to log those of connections."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    with server(tmp_path, WAITRESS_LISTEN="127.0.0.1:0", WAITRESS_LOG_SOCKET_ERRORS="false") as running:
+        assert statuses(running.exchange(GET % b"raises-os-error")) == [500]

@@ -35,6 +35,7 @@ def app(environ, start_response):
         thread.start()
         thread.join()
         Fails()
+        environ["wsgi.errors"].write("trouble\\n")
     if path == "/health" and environ["QUERY_STRING"] == "sick":
         start_response("503 Unavailable", [])
         return [b"sick"]
@@ -223,35 +224,25 @@ def test_everything_else(start: Callable) -> None:
     with start() as running:
         ask(running, b"/log")
         entries = [entry for entry in running.logged() if "Serving on" not in entry["message"]]
-    sold, warned, failed, late = entries
+    sold, warned, failed, late, trouble = entries
     assert (sold["level"], sold["logger"], sold["message"]) == ("INFO", "shop", "sold one\ntwo")
     assert (warned["level"], warned["logger"]) == ("WARNING", "py.warnings")
     assert "UserWarning: old" in warned["message"]
     assert (failed["level"], failed["message"]) == ("ERROR", "Thread worker has ended")
     assert failed["exception"].endswith("ZeroDivisionError: division by zero")
+    assert (trouble["logger"], trouble["message"]) == ("wsgi.errors", "trouble")
     assert late["exception"].endswith("ValueError: late")
 
 
-@pytest.mark.parametrize(("level", "messages"), [("DEBUG", 6), ("INFO", 5), ("WARNING", 3), ("CRITICAL", 0)])
+@pytest.mark.parametrize(("level", "messages"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("CRITICAL", 0)])
 def test_level(start: Callable, level: str, messages: int) -> None:
     """LOG_LEVEL says from where on; the access log has no level."""
-    with start(LOG_LEVEL=level, WAITRESS_LISTEN="127.0.0.1:0") as running:
-        port = wait_until(lambda: listening_port(running.process.pid), 10, "it to listen")
-        with socket.create_connection(("127.0.0.1", port), 10) as connection:
-            connection.sendall(LAST % (b"GET", b"/log") + b"\r\n")
-            rest(connection)
-        assert len(running.requests(1)) == 1
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with start(LOG_LEVEL=level, WAITRESS_LISTEN=f"127.0.0.1:{port}") as running:
+        wait_until(lambda: answers_on(port, b"/log"), 20, "an answer")
+        assert len(running.requests(3)) == 3
         assert len(running.logged()) == messages
-
-
-def listening_port(process: int) -> int | None:
-    """Return the TCP port on which a process listens, once it does."""
-    inodes = {str(path.readlink()) for path in pathlib.Path(f"/proc/{process}/fd").iterdir()}
-    for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-            return int(fields[1].partition(":")[2], 16)
-    return None
 
 
 def test_client_gone_before_its_answer(start: Callable, tmp_path: pathlib.Path) -> None:
@@ -362,11 +353,11 @@ def test_closed_streams(start: Callable, tmp_path: pathlib.Path, streams: str) -
         assert process.wait(20) == 0
 
 
-def answers_on(port: int) -> bytes | None:
-    """Return three answers on one connection, or None if nobody listens."""
+def answers_on(port: int, last: bytes = b"/") -> bytes | None:
+    """Return three answers on one connection, the last for `last`; or None if nobody listens."""
     try:
         with socket.create_connection(("127.0.0.1", port), 5) as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 2 + LAST % (b"GET", b"/") + b"\r\n")
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 2 + LAST % (b"GET", last) + b"\r\n")
             return rest(connection)
     except ConnectionRefusedError:
         return None
@@ -386,3 +377,26 @@ def test_nobody_reads_standard_error(start: Callable, tmp_path: pathlib.Path, pi
             assert statuses(answers_on(port)) == [200] * 3
         running.stop()
         assert running.ended() == 0
+
+
+def test_terminal_that_nobody_reads(start: Callable) -> None:
+    """If standard output is a terminal that has stopped, requests are answered all the same."""
+    master, terminal = os.openpty()
+    with start(stdout=terminal) as running:
+        assert many(running, 2000) == [200] * 2001
+        running.stop()
+        assert running.ended() == 0
+    os.close(terminal)
+    os.close(master)
+
+
+def test_last_lines(start: Callable) -> None:
+    """What is still to be written when it ends is written, to a reader that is not the fastest."""
+    read_end, write_end = os.pipe()
+    with start(stdout=write_end) as running, os.fdopen(read_end, "rb") as reader:
+        os.close(write_end)
+        assert many(running, 1000) == [200] * 1001
+        running.stop()
+        lines = reader.readlines()
+        assert running.ended() == 0
+        assert len(lines) == 1001

@@ -164,3 +164,12 @@ def test_several_hops(tmp_path: pathlib.Path) -> None:
 def test_the_probe_needs_no_prefix(service: Server) -> None:
     """What asks the server itself, as the container's probe does, asks without the prefix."""
     assert ask(place(service), b"/where")["address"] == "127.0.0.1"
+
+
+def test_refused_behind_the_proxy(tmp_path: pathlib.Path) -> None:
+    """What is refused before the application sees it has the client's own address on record, too."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    with server(tmp_path, WAITRESS_LISTEN="127.0.0.1:0", **TRUST | {"WAITRESS_TRUSTED_PROXY": "127.0.0.1"}) as running:
+        request = b"POST / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.1\r\nContent-Length: 9999999\r\n\r\n"
+        assert running.exchange(request).startswith(b"HTTP/1.1 413 ")
+        assert running.requests(1)[0]["remote_addr"] == "192.0.2.1"

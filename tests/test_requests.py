@@ -7,6 +7,7 @@ request, the connection has to be closed before that is answered: it may be a pa
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -86,6 +87,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.param(post(CHUNKED, body=b" 5\r\nhello\r\n0\r\n\r\n"), [400], id="a space before a size"),
         pytest.param(post(CHUNKED, body=b"5\r\nhelloX\r\n0\r\n\r\n"), [400], id="more than the size"),
         pytest.param(post(CHUNKED, body=b"5\r\nhello0\r\n\r\n"), [400], id="no CR LF after a chunk"),
+        pytest.param(post(CHUNKED, body=b"5\n\r\nhello\r\n0\r\n\r\n"), [400], id="LF before CR LF after a size"),
+        pytest.param(post(CHUNKED, body=b"5;a\n\r\nhello\r\n0\r\n\r\n"), [400], id="the same after an extension"),
+        pytest.param(post(CHUNKED, body=b"\r\n5\r\nhello\r\n0\r\n\r\n"), [400], id="an empty line before a size"),
+        pytest.param(post(CHUNKED, body=b"5\r\nhello\r\n0\r\nA: b\nC: d\r\n\r\n"), [400], id="LF in a trailer"),
+        pytest.param(post(CHUNKED, body=b"5\r\nhello\r\n0\r\nA: b\x00\r\n\r\n"), [400], id="NUL in a trailer"),
+        pytest.param(post(CHUNKED, body=b"0\r\nGET /next HTTP/1.1\r\n\r\n"), [400], id="a request for a trailer"),
+        pytest.param(post(CHUNKED, body=b"5;" + b"a" * 20000), [400], id="an extension without an end"),
+        pytest.param(post(CHUNKED, body=b"0\r\n" + b"A: b\r\n" * 5000), [400], id="a trailer without an end"),
         # Lines: 2.2 wants CR LF (LF alone may be taken for it), 5.1 no space before the colon, 5.2 no folding (400, or
         # unfolded); RFC 9110, 5.5, no CR, LF or NUL in a value.
         pytest.param(b"GET / HTTP/1.1\nHost: a\r\n\r\n", [400], id="LF after the line"),
@@ -114,6 +123,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.param(get(host=b"Host:\r\n"), [200, 200], id="an empty Host"),
         pytest.param(get(host=b"Host: [::1]:5000\r\n"), [200, 200], id="an IPv6 Host"),
         pytest.param(get(line=b"GET / HTTP/1.0", host=b""), [200], id="no Host in HTTP/1.0"),
+        pytest.param(get(line=b"GET http://b/ HTTP/1.1", host=b""), [400], id="absolute form without Host"),
+        pytest.param(get(b"Host: a", line=b"GET http://b/ HTTP/1.1"), [400], id="absolute form with two Hosts"),
+        pytest.param(get(line=b"GET http:///path HTTP/1.1"), [400], id="absolute form without a host"),
+        # Connection, RFC 9110, 7.6.1, is a list.
+        pytest.param(get(b"Connection: TE, Close"), [200], id="close in a list"),
         # The line: 3 wants 400 where it is invalid; RFC 9110, 15.6.6, 505 for another version.
         pytest.param(b"GET /\r\n", [400], id="HTTP/0.9"),
         pytest.param(b"GET /\r\n\r\n", [400], id="HTTP/0.9 with an empty line"),
@@ -128,6 +142,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.param(get(line=b"GET /\x00 HTTP/1.1"), [400], id="NUL in the target"),
         pytest.param(get(line=b"GET /\x1b[2J HTTP/1.1"), [400], id="escape in the target"),
         pytest.param(b"\r\n" + get(), [200, 200], id="an empty line before it"),
+        pytest.param(b"\n" + get(), [400], id="LF before it"),
+        pytest.param(b" " + get(), [400], id="a space before it"),
+        pytest.param(b"\x0b\x0c" + get(), [400], id="controls before it"),
+        pytest.param(b" \r\n\r\n", [400], id="a line of a space"),
+        pytest.param(get(line=b"GET /" + b"a" * 8176 + b" HTTP/1.1"), [200, 200], id="the longest line"),
+        pytest.param(get(line=b"GET /" + b"a" * 8177 + b" HTTP/1.1"), [414], id="a longer line"),
         # Targets: 3.2. Only CONNECT has an authority, only OPTIONS an asterisk.
         pytest.param(get(line=b"GET example.com:80 HTTP/1.1"), [400], id="authority form"),
         pytest.param(get(line=b"CONNECT example.com:80 HTTP/1.1"), [501], id="CONNECT"),
@@ -156,9 +176,18 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.param(post(b"Content-Length: 1048577"), [413], id="a large body"),
     ],
 )
-def test_request(running: Server, sent: bytes, wanted: list[int]) -> None:
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "in pieces"])
+def test_request(running: Server, sent: bytes, wanted: list[int], *, whole: bool) -> None:
     """It is answered as the table says, at once, and /next only where there is no doubt that it is a request."""
-    answers = running.exchange(sent + NEXT)
+    with running.connect() as connection:
+        if whole or len(sent) > 2000:
+            connection.sendall(sent + NEXT)
+        else:
+            # To send on after having asked to close is to risk the answer.
+            with suppress(OSError):  # it has been refused already
+                for byte in sent if wanted == [200] else sent + NEXT:
+                    connection.send(bytes([byte]))
+        answers = rest(connection)
     assert statuses(answers) == wanted
     assert (b"/next" in answers) == (wanted[-2:] == [200, 200])
     for answer in re.split(rb"^(?=HTTP/1\.[01] [0-9])", answers, flags=re.MULTILINE)[1:]:

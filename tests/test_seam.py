@@ -2,15 +2,19 @@
 
 import inspect
 import re
+import select
+import signal
 import socket
 
 import pytest
 from waitress import channel, parser, proxy_headers, server, task, utilities, wasyncore
 from waitress.adjustments import Adjustments
 
-from serve.answer import Application, Refusal
+from serve.answer import Application, ErrorAnswer
 from serve.connection import Channel, Connections, State
 from serve.request import Parser
+from serve.server import Server
+from serve.settings import DEFAULTS, read_settings
 from tests.support import ROOT
 
 
@@ -28,6 +32,7 @@ from tests.support import ROOT
         (task.ErrorTask, "execute", ["self"]),
         (channel.HTTPChannel, "__init__", ["self", "server", "sock", "addr", "adj", "map"]),
         (channel.HTTPChannel, "service", ["self"]),
+        (channel.HTTPChannel, "send_continue", ["self"]),
         (channel.HTTPChannel, "write_soon", ["self", "data"]),
         (channel.HTTPChannel, "received", ["self", "data"]),
         (channel.HTTPChannel, "handle_write", ["self"]),
@@ -86,7 +91,7 @@ def test_attributes(listener: server.BaseWSGIServer) -> None:
         assert {name: getattr(connection, name) for name in wanted} == wanted
         assert isinstance(connection.last_activity, float)
         assert connection.task_class is Application
-        assert connection.error_task_class is Refusal
+        assert connection.error_task_class is ErrorAnswer
         assert connection.parser_class is Parser
         assert listener.channel_class is channel.HTTPChannel
         assert (listener.accepting, listener.effective_host) == (True, "127.0.0.1")
@@ -133,13 +138,7 @@ def test_answering(listener: server.BaseWSGIServer) -> None:
 def test_settings() -> None:
     """The settings that are set here are still waitress's, and waitress stays below its next major release."""
     names = {name for name, _ in Adjustments._params}  # noqa: SLF001
-    assert names >= {
-        "connection_limit",
-        "backlog",
-        "max_request_header_size",
-        "inbuf_overflow",
-        "asyncore_loop_timeout",
-    }
+    assert names >= set(DEFAULTS) | {"asyncore_loop_timeout", "threads"}
     if (ROOT / "requirements.in").exists():  # not in the image
         assert re.search(r"^waitress ~= 3\.\d+$", (ROOT / "requirements.in").read_text(), re.MULTILINE)
 
@@ -153,3 +152,38 @@ def test_proxy_headers_change_the_environ() -> None:
         trusted_proxy_headers={"x-forwarded-for"},
     )(environ, None)
     assert environ["REMOTE_ADDR"] == "192.0.2.1"
+
+
+def test_what_epoll_knows(listener: server.BaseWSGIServer) -> None:
+    """A connection is waited for as soon as it is there, for what it wants, and no more once it is closed."""
+    connections = listener._map  # noqa: SLF001
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection, fd = made(listener, ours), ours.fileno()
+        connections.turn(0)
+        assert connections.awaited[fd] == select.EPOLLIN
+        connection.close_when_flushed = True
+        connections.changed.add(fd)
+        connections.turn(0)
+        assert fd not in connections
+        assert fd not in connections.awaited
+        assert fd not in connections.changed
+        assert theirs.recv(1) == b""
+
+
+def test_listeners_close_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No client is told that its connection ends before everybody who waited is accepted and nobody else can come."""
+    monkeypatch.setattr(signal, "set_wakeup_fd", lambda _: None)
+    settings = read_settings({"WAITRESS_LISTEN": "127.0.0.1:0", "WAITRESS_THREADS": "1"})
+    ours = Server(lambda *_: [], settings)
+    [listener] = ours.listeners
+    seen = []
+    close = listener.close
+    monkeypatch.setattr(listener, "close", lambda: (seen.append(ours.state.closing), close()))
+    with socket.create_connection(("127.0.0.1", int(listener.effective_port))):
+        ours.shut_down(1.0)
+        assert seen == [False]
+        assert ours.state.closing
+        assert len(ours.connections.channels()) == 1
+    ours.tasks.shutdown()
+    wasyncore.close_all(ours.connections)

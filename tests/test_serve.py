@@ -226,6 +226,7 @@ def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> Non
         ("TRUSTED_PROXY", "", "takes the proxy's IP address"),
         ("TRUSTED_PROXY", "10.0.0.1 10.0.0.2", "takes the proxy's IP address"),
         ("TRUSTED_PROXY", "0:0:0:0:0:0:0:1", "takes the proxy's IP address"),
+        ("IDENT", "\u674e", "takes ASCII"),
         ("URL_SCHEME", "ftp", "takes http or https"),
         ("TRUSTED_PROXY_COUNT", "1", "no meaning without setting trusted_proxy"),
         ("TREADS", "8", "waitress has no such setting; did you mean WAITRESS_THREADS?"),
