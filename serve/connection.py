@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import termios
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 
 from waitress import wasyncore
@@ -21,9 +22,6 @@ QUIET = 0.5  # seconds after which a connection on which nothing happens counts 
 LARGE = 2**16  # bytes, from which on copying costs more than it saves
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LINGER = 2.0  # seconds for a client to notice that it has had its last answer
-
-
-ANY = select.EPOLLIN | select.EPOLLOUT
 
 
 class State:
@@ -57,58 +55,47 @@ class Channel(HTTPChannel):
     body_sent = 0  # bytes of it; with what chunks add, as nginx counts them
     lingers = False  # after its last answer it reads on for a while
     lingering = False
-    pending: object = None
-    pending_since = 0.0
+    awaited: object = None
+    awaited_since = 0.0
 
     def __init__(self, state: State, *arguments: object, **keywords: object) -> None:
         """Take what waitress gives, and the state that all connections share."""
         self.state = state
         super().__init__(*arguments, **keywords)
 
-    def waited(self, now: float) -> float:
-        """Return for how many seconds the connection has been waiting for the same thing to come from its client.
+    def check(self, now: float) -> None:
+        """Do what is due if the client has been waited for long enough; `now` is time.monotonic()'s."""
+        awaited, limit, act = self.awaits()
+        if awaited is None or awaited != self.awaited:
+            self.awaited, self.awaited_since = awaited, now
+        elif now - self.awaited_since >= limit:
+            act()
 
-        That is: the next byte of the answer to be taken, the rest of a request, or, idle, anything at all.
+    def awaits(self) -> tuple[object, float, Callable[[], None]]:
+        """Return what is to come from the client, for how many seconds it is waited for, and what is done then.
+
+        As long as the first is equal, nothing has come of it; it is None while the next step is not the client's.
         """
-        pending: object
+        patience, close = self.state.read_timeout, self.handle_close
         if self.lingering:
-            pending = "the end"
-        elif self.total_outbufs_len:
-            pending = (self.last_activity, unacknowledged(self.socket))
+            return "the end", QUIET if self.state.closing else LINGER, close
+        if self.total_outbufs_len:
             if self.requests and self.total_outbufs_len < self.adj.send_bytes:
-                pending = None  # waitress waits for more
-        elif self.requests:
-            pending = None  # it is our turn
-        elif self.arriving():
-            pending = self.request
-        else:
-            pending = "anything" if self.request else self.last_activity
-        if pending is None or pending != self.pending:
-            self.pending, self.pending_since = pending, now
-        return now - self.pending_since
+                return None, patience, close  # waitress waits for more before it sends any
+            return (self.last_activity, unacknowledged(self.socket)), patience, close
+        if self.requests or self.close_when_flushed:
+            return None, patience, close
+        if self.arriving():
+            return self.request, patience, self.time_out
+        # Idle.
+        last = "empty lines" if self.request else self.last_activity
+        if self.state.closing:
+            return last, QUIET, close
+        return last, patience if self.state.full else self.adj.channel_timeout, close
 
     def arriving(self) -> bool:
         """Tell whether a request has begun to arrive. Empty lines before it (RFC 9112, section 2.2) are none."""
         return bool(self.request) and (self.request.headers_finished or bool(self.request.header_plus.strip(b"\r\n")))
-
-    def check(self, now: float) -> None:
-        """Do what is due if the client has been waited for long enough."""
-        waited = self.waited(now)
-        limit, act = self.state.read_timeout, self.handle_close
-        if self.lingering:
-            limit = QUIET if self.state.closing else LINGER
-        elif self.total_outbufs_len:
-            pass
-        elif self.requests or self.close_when_flushed:
-            return
-        elif self.arriving():
-            act = self.time_out
-        elif self.state.closing:
-            limit = QUIET
-        elif not self.state.full:
-            return  # it is idle, and waitress closes it after channel_timeout
-        if waited >= limit:
-            act()
 
     def unanswered(self) -> int:
         """Return how many requests are arriving, in work or on their way out."""
@@ -220,7 +207,7 @@ class Connections(dict):
     those that had something to read or write, those with a request in work, the listeners; now and then, all.
 
     Relied upon: waitress waits for what it adds to this map; readable() and writable() say for what; readwrite() then
-    takes poll's flags, which are epoll's too.
+    takes poll()'s flags, which have epoll's values.
     """
 
     def __init__(self, *, use_poll: bool) -> None:
@@ -257,7 +244,7 @@ class Connections(dict):
             busy = dispatcher.accepting or getattr(dispatcher, "requests", None)
             wanted = wants(dispatcher)
             # That nothing is to be read while a request is in work is not worth a system call: few clients send then.
-            if wanted or self.awaited.get(fd, 0) != select.EPOLLIN:
+            if wanted or self.awaited.get(fd, 0) != select.POLLIN:
                 self.await_events(fd, wanted)
             if not busy:
                 self.changed.discard(fd)
@@ -267,9 +254,10 @@ class Connections(dict):
                 continue
             self.changed.add(fd)
             wanted = wants(dispatcher)
-            if events & (wanted | select.EPOLLHUP | select.EPOLLERR) and wanted:
-                wasyncore.readwrite(dispatcher, events & ~(ANY & ~wanted))
-            else:
+            due = events & (wanted | select.POLLHUP | select.POLLERR)
+            if wanted and due:
+                wasyncore.readwrite(dispatcher, due)
+            else:  # what has come of it is waited for no more
                 self.await_events(fd, wanted)
 
     def await_events(self, fd: int, wanted: int) -> None:
@@ -287,9 +275,9 @@ class Connections(dict):
 
 def wants(dispatcher: wasyncore.dispatcher) -> int:
     """Return the events that waitress would wait for, less urgent data: it would log each byte, and never read it."""
-    wanted = select.EPOLLIN if dispatcher.readable() else 0
+    wanted = select.POLLIN if dispatcher.readable() else 0
     if not dispatcher.accepting and dispatcher.writable():
-        wanted |= select.EPOLLOUT
+        wanted |= select.POLLOUT
     return wanted
 
 
