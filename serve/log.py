@@ -17,7 +17,11 @@ log = logging.getLogger("serve")
 
 
 class Outlet:
-    """A file descriptor for lines of a log. It never waits: who reads it may have stopped, and would stop us."""
+    """A file descriptor for lines of a log. It does not wait: who reads it may have stopped, and would stop us.
+
+    That holds for a pipe of its own, a file and a terminal. What an application prints to the same pipe may take the
+    room between the question whether there is some and the writing.
+    """
 
     LIMIT = 1_000_000  # bytes that wait to be written; what does not fit is lost
 

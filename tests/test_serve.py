@@ -1,4 +1,4 @@
-"""serve.py as a process: what it listens on, how it ends, what it says of a variable that is wrong."""
+"""The server as a process: what it listens on, how it ends, what it says of a variable that is wrong."""
 
 import ctypes
 import pathlib
@@ -32,7 +32,7 @@ text = "not callable"
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder with applications: of its own, because serve.py takes any."""
+    """A folder with applications: of its own, because the server takes any."""
     (tmp_path / "app.py").write_text(APPLICATION)
     (tmp_path / "broken.py").write_text("import os\n\n\nos.environ['NOT_SET']\n")
     (tmp_path / "site-packages").mkdir()
