@@ -24,7 +24,8 @@ DEFAULTS = {
     "connection_limit": "2000",
     # A burst waits in the kernel, as long a queue as Linux allows (net.core.somaxconn), instead of retrying after 1 s.
     "backlog": "4096",
-    # 16 KiB, line and headers: more than any browser sends. waitress's own 256 KiB would be kept for each connection.
+    # 16 KiB, line and headers: twice what RFC 9112 wants taken for a line alone. waitress's own 256 KiB would be kept
+    # for each connection.
     "max_request_header_size": str(2**14),
     # An answer of more than 1 MiB holds its thread until the client has taken all but that. With waitress's own 16 MiB
     # a few slow downloads filled /tmp, and cut each other off.
@@ -46,7 +47,6 @@ BOOLEANS = {"1", "on", "t", "true", "y", "yes", "0", "f", "false", "n", "no", "o
 # Smallest and largest whole numbers, where waitress looks only whether it is a number. INT_MAX is the largest C int,
 # which listen() takes; a setting that is not named here takes 1 to INT_MAX.
 INT_MAX = 2**31 - 1
-DAY = 86400  # seconds
 RANGES = {
     "port": (0, 65535),
     # A million threads would be started, until the machine has no more.
@@ -67,6 +67,9 @@ class SettingError(ValueError):
     def __init__(self, variable: str, value: str, problem: str) -> None:
         """Take the variable's name and value, and the problem, of which line breaks become spaces."""
         super().__init__(f"{variable}={value!r}: {' '.join(problem.split())}")
+
+
+DAY = 86400  # seconds
 
 
 class Settings(NamedTuple):

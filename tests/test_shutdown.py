@@ -66,6 +66,11 @@ def until_said(running: Server, word: str) -> None:
     wait_until(lambda: said(running, word), 10, word)
 
 
+def until_in_work(folder: pathlib.Path, name: str = "go") -> None:
+    """Wait until the application has begun with the request that waits for a file of that name."""
+    wait_until((folder / f"{name}.began").exists, 10, "the request to be in work")
+
+
 def until_refused(running: Server) -> None:
     """Wait until it listens no more."""
 
@@ -118,7 +123,7 @@ def test_request_in_work(start: Callable, tmp_path: pathlib.Path) -> None:
     """A request in work is finished, told that it was the last on its connection; nobody new is accepted."""
     with start() as running, running.connect() as connection:
         connection.sendall(GET % b"/slow?go")
-        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        until_in_work(tmp_path)
         running.stop()
         until_refused(running)
         (tmp_path / "go").touch()
@@ -133,7 +138,7 @@ def test_queued_requests(start: Callable, tmp_path: pathlib.Path) -> None:
     """Requests that wait for a thread, and those behind them on the same connection, are answered too."""
     with start(WAITRESS_THREADS="1") as running, running.connect() as first, running.connect() as second:
         first.sendall(GET % b"/slow?go")
-        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        until_in_work(tmp_path)
         second.sendall(GET % b"/" * 3)
         # Half of one more: by the time that this is answered, the server has the others.
         with running.connect() as third:
@@ -187,7 +192,7 @@ def test_stream(start: Callable, tmp_path: pathlib.Path) -> None:
     """An answer that has begun before anybody knew that it would be the last is finished, its connection closed."""
     with start() as running, running.connect() as connection:
         connection.sendall(GET % b"/stream?go")
-        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        until_in_work(tmp_path)
         running.stop()
         until_refused(running)
         (tmp_path / "go").touch()
@@ -222,7 +227,7 @@ def test_old_clients(start: Callable, tmp_path: pathlib.Path) -> None:
     """An HTTP/1.0 client that asked for keep-alive is told to close, in one word."""
     with start() as running, running.connect() as connection:
         connection.sendall(b"GET /slow?go HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
-        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        until_in_work(tmp_path)
         running.stop()
         until_refused(running)
         (tmp_path / "go").touch()
@@ -239,7 +244,7 @@ def test_both_listeners(start: Callable, tmp_path: pathlib.Path) -> None:
         for name, connection in zip((b"one", b"two"), connections, strict=True):
             connection.sendall(GET % (b"/slow?" + name))
         for name in ("one", "two"):
-            wait_until((tmp_path / f"{name}.began").exists, 10, "the request to be in work")
+            until_in_work(tmp_path, name)
         running.stop()
         until_said(running, "Draining")
         for place in places:
@@ -266,7 +271,7 @@ def test_unix_socket(start: Callable, tmp_path: pathlib.Path) -> None:
         running.listening()
         connection.connect(path)
         connection.sendall(GET % b"/slow?go")
-        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        until_in_work(tmp_path)
         running.stop()
         until_said(running, "Closing")
         (tmp_path / "go").touch()
@@ -278,7 +283,7 @@ def test_timeout(start: Callable, tmp_path: pathlib.Path) -> None:
     """After SHUTDOWN_TIMEOUT it stops waiting, says how many requests it has abandoned, and ends with exit code 1."""
     with start(SHUTDOWN_TIMEOUT="0.5", WAITRESS_THREADS="1") as running, running.connect() as connection:
         connection.sendall(GET % b"/slow?go")
-        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        until_in_work(tmp_path)
         with running.connect() as queued, running.connect() as arriving:
             queued.sendall(GET % b"/" * 2)
             arriving.sendall(b"GET / HTTP/1.1\r\n")
@@ -301,7 +306,7 @@ def test_second_signal(start: Callable, tmp_path: pathlib.Path, second: signal.S
     """A second signal ends it now, while it waits and before it closes, with exit code 1."""
     with start(SHUTDOWN_DELAY=delay, SHUTDOWN_TIMEOUT="600") as running, running.connect() as connection:
         connection.sendall(GET % b"/slow?go")
-        wait_until((tmp_path / "go.began").exists, 10, "the request to be in work")
+        until_in_work(tmp_path)
         running.stop()
         until_said(running, "Draining" if delay == "600" else "Closing")
         running.process.send_signal(second)
