@@ -4,13 +4,25 @@ ARG PYTHON_IMAGE=python:3.14.7-slim-trixie@sha256:ce40764625a4ff50df3548277632e7
 
 # ---- builder: /opt/venv, made from wheels that the lock names by hash -------------------------------------------------
 FROM ${PYTHON_IMAGE} AS builder
+# Again, because an ARG from before the first FROM has a value in a stage only where the stage names it.
+ARG PYTHON_IMAGE
+RUN case "${PYTHON_IMAGE}" in \
+        *@sha256:*) ;; \
+        *) echo "warning: PYTHON_IMAGE=${PYTHON_IMAGE} has no digest: another day it can be another image" >&2 ;; \
+    esac
+# A package with a .pth file would else leave bytecode that depends on when it was built.
+ENV PYTHONDONTWRITEBYTECODE=1
 # Only wheels: to build from source, pip would fetch build tools that no hash covers, and run them.
 RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
     --mount=type=cache,target=/root/.cache/pip \
     pip wheel --require-hashes --only-binary=:all: --wheel-dir=/wheels --requirement=/lock/requirements.txt
 # pip works on the environment from outside: nothing that could install anything gets into it.
 RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
-    python -m venv --without-pip /opt/venv \
+    for wheel in /wheels/*; do \
+        { sum=$(sha256sum "${wheel}") && grep -q "sha256:${sum%% *}" /lock/requirements.txt; } \
+            || { echo "${wheel} is not in requirements.txt" >&2; exit 1; }; \
+    done \
+    && python -m venv --without-pip /opt/venv \
     && pip --python=/opt/venv install --no-cache-dir --no-index --find-links=/wheels --require-hashes --no-compile \
         --requirement=/lock/requirements.txt \
     && pip --python=/opt/venv check
@@ -55,6 +67,18 @@ for name in list(sys.modules):
         py_compile.compile(spec.origin, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
 PYTHON
 
+# ---- code: what is the project's own, in the modes and with the times of no particular clone ---------------------------
+FROM ${PYTHON_IMAGE} AS code
+COPY app.py healthcheck.py /code/app/
+COPY serve /code/app/serve
+COPY pyproject.toml /code/test/
+COPY tests /code/test/tests
+# Where the time of the commit is given, an older file gets it here; younger ones, all others included, where the image
+# is written (rewrite-timestamp).
+ARG SOURCE_DATE_EPOCH
+RUN chmod -R u=rwX,go=rX /code \
+    && if [ -n "${SOURCE_DATE_EPOCH}" ]; then find /code -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +; fi
+
 # ---- service: what every image that runs has in common ----------------------------------------------------------------
 FROM ${PYTHON_IMAGE} AS service
 # Unbuffered, or what an application prints would show in `docker logs` late, and after a crash never.
@@ -69,10 +93,8 @@ RUN --mount=type=bind,from=bytecode,target=/bytecode \
     python -IB /bytecode/stdlib.py /opt/venv
 
 # From here on the code: editing it repeats the steps below, not those above. All of it belongs to root and cannot be
-# written by the user that runs it; the mode is set because a clone's umask would come along.
-COPY --chmod=0644 app.py healthcheck.py ./
-# Folders need the x.
-COPY --chmod=0755 serve serve
+# written by the user that runs it.
+COPY --from=code /code/app ./
 # Checked, so that a file mounted over the image's own takes effect.
 RUN --mount=type=bind,from=bytecode,target=/bytecode \
     python -B -m compileall -q --invalidation-mode=checked-hash . \
@@ -91,6 +113,7 @@ CMD ["python", "-m", "serve"]
 # An environment in the same place, of which `test` takes what the other has not. Of its own, so that `lock` can be built
 # where requirements.txt cannot be installed: to mend that is what it is for.
 FROM ${PYTHON_IMAGE} AS dev
+ENV PYTHONDONTWRITEBYTECODE=1
 RUN --mount=type=bind,source=requirements-dev.txt,target=/lock/requirements-dev.txt \
     --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/venv \
@@ -100,28 +123,33 @@ RUN --mount=type=bind,source=requirements-dev.txt,target=/lock/requirements-dev.
 
 FROM service AS test
 COPY --from=dev /opt/venv /opt/venv
-COPY --chmod=0644 pyproject.toml ./
-# Folders need the x.
-COPY --chmod=0755 tests tests
+COPY --from=code /code/test ./
 CMD ["python", "-m", "pytest"]
 
 # ---- lock: `docker build --target lock --output . .` writes the requirements files, pinned by the image's own Python ---
 FROM dev AS pins
 WORKDIR /lock
-COPY pyproject.toml requirements.* requirements-dev.* ./
+COPY pyproject.toml requirements*.in requirements*.txt tools/lock.py ./
 ARG PIP_COMPILE_OPTIONS=
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/venv/bin/pip-compile --quiet ${PIP_COMPILE_OPTIONS} requirements.in \
-    && /opt/venv/bin/pip-compile --quiet ${PIP_COMPILE_OPTIONS} requirements-dev.in
+    mkdir /fresh && /opt/venv/bin/python lock.py pin /fresh ${PIP_COMPILE_OPTIONS}
 
 FROM scratch AS lock
-COPY --from=pins /lock/requirements.txt /lock/requirements-dev.txt /
+COPY --from=pins /fresh /
 
 # ---- runtime: what `docker build .` gives -----------------------------------------------------------------------------
 FROM service AS runtime
-# Again, because an ARG from before the first FROM has a value in a stage only where the stage names it.
+# name:tag@digest, taken apart; a name without a folder is one of Docker Hub's own.
 ARG PYTHON_IMAGE
+ARG BASE=${PYTHON_IMAGE%@*}
+ARG BASE_DIGEST=${PYTHON_IMAGE#${BASE}}
+ARG BASE_NAME=${BASE##*/}
+ARG BASE_FOLDER=${BASE%${BASE_NAME}}
+# Title to source are yours to change; the version has no other place. `make image` adds revision and created.
 LABEL org.opencontainers.image.title="flask-helloworld" \
       org.opencontainers.image.description="A greeting service in Flask, served by waitress" \
+      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="MIT" \
-      org.opencontainers.image.base.name="${PYTHON_IMAGE}"
+      org.opencontainers.image.source="https://example.org/flask-helloworld" \
+      org.opencontainers.image.base.name="${BASE_FOLDER:-docker.io/library/}${BASE_NAME}" \
+      org.opencontainers.image.base.digest="${BASE_DIGEST#@}"

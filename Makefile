@@ -1,6 +1,6 @@
 # Each target is a line or two over a command that also works by itself.
 .DEFAULT_GOAL := help
-.PHONY: help up down serve test lock upgrade check bench up-venv down-venv lock-venv
+.PHONY: help up down serve test lock upgrade check bench newest-base up-venv down-venv
 
 PYTHON ?= python3
 
@@ -40,33 +40,53 @@ test: .venv/dev ## run every test that this machine can run; REQUIRE_DOCKER=1 fa
 	.venv/bin/python -m pytest
 
 lock: ## pin what the requirements files ask for
-upgrade: ## pin the newest releases that the requirements files allow
-upgrade: PIP_COMPILE_OPTIONS := --upgrade
+upgrade: ## pin the newest that they allow, and the base's newest digest; PACKAGE=NAME: that package alone
+upgrade: PIP_COMPILE_OPTIONS := $(if $(PACKAGE),$(PACKAGE:%=--upgrade-package=%),--upgrade)
 lock upgrade:
-	@if ! { $(ENGINE); }; then echo "$(NO_ENGINE): locking with $(PYTHON) instead."; $(SELF) lock-venv; \
-	elif ! $(BASE); then echo "$(NO_BASE): locking with $(PYTHON) instead."; $(SELF) lock-venv; \
-	else docker build --target lock --no-cache-filter pins --output . \
-	    --build-arg PYTHON_IMAGE --build-arg PIP_COMPILE_OPTIONS='$(PIP_COMPILE_OPTIONS)' .; fi
+	@$(FRESH) && mv "$$fresh/requirements.txt" "$$fresh/requirements-dev.txt" .
+	@$(if $(filter upgrade,$@),$(if $(PACKAGE),,$(SELF) newest-base))
 
-check: .venv/dev ## lint Python, Dockerfile and shell; fail if a lock is not what its .in file asks for
+check: ## lint; fail if a lock is not what its .in file asks for, or the base not the one that is documented
+	@$(PYTHON) tools/lock.py check
+	@$(SELF) .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/hadolint Dockerfile
+	.venv/bin/zizmor --quiet --offline .github
 	@if command -v shellcheck >/dev/null; then echo "shellcheck .ci/*"; shellcheck .ci/*; \
 	else echo "shellcheck is not installed: .ci goes unchecked"; [ -z "$$CI" ]; fi
-	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && cp pyproject.toml requirements*.in requirements*.txt "$$fresh" \
-	    && (PATH="$(CURDIR)/.venv/bin:$$PATH"; cd "$$fresh" && $(PIN)) \
-	    && for lock in requirements*.txt; do diff "$$lock" "$$fresh/$$lock" \
-	        || { echo "$$lock is not what its .in file asks for; run: make lock" >&2; exit 1; }; done
+	@$(FRESH) && $(PYTHON) tools/lock.py diff "$$fresh"
 
 bench: ## measure the image and the service beside the alternatives; takes Docker, wrk, slowhttptest and minutes
 	$(PYTHON) bench/container.py
 	$(PYTHON) bench/service.py
 
+# --- Locks --------------------------------------------------------------------------------------------------------------
+
+# How a recipe begins that takes fresh locks, in $$fresh: made by the image's own Python where an engine answers. Of what
+# a build says, only the line that tells why not.
+FRESH = fresh=$$(mktemp -d .lock.XXXXXX) && trap 'rm -rf "$$fresh"' EXIT && trap 'exit 1' HUP INT TERM && \
+	without=; if ! { $(ENGINE); }; then without="$(NO_ENGINE)"; elif ! $(BASE); then without="$(NO_BASE)"; fi && \
+	if [ -n "$$without" ]; then echo "$$without: locking with $(PYTHON) instead."; \
+	    $(SELF) .venv/dev && .venv/bin/python tools/lock.py pin "$$fresh" $(PIP_COMPILE_OPTIONS); \
+	else docker build --progress plain --target lock --no-cache-filter pins --output "$$fresh" --build-arg PYTHON_IMAGE \
+	    --build-arg PIP_COMPILE_OPTIONS='$(PIP_COMPILE_OPTIONS)' . >"$$fresh/log" 2>&1 \
+	    || { sed -n 's/^\#[0-9]* [0-9.]* \(lock: .*\)/\1/p' "$$fresh/log" | grep . \
+	        || sed -n '/^------/,$$p' "$$fresh/log" | grep . || cat "$$fresh/log"; exit 1; } >&2; fi
+
+newest-base:
+	@base=$$(sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile) && tag=$${base%@*} && \
+	new=$$(docker buildx imagetools inspect --format '{{json .Manifest.Digest}}' "$$tag" 2>&1 | tr -d '"'); \
+	case $$new in \
+	sha256:*) if [ "$$tag@$$new" = "$$base" ]; then echo "The base is its tag's newest: $$base"; else \
+	    for file in Dockerfile README.md .github/base/Dockerfile; do [ ! -f "$$file" ] || { cp -p "$$file" "$$file.new" \
+	        && sed "s|$$base|$$tag@$$new|g" "$$file" >"$$file.new" && mv "$$file.new" "$$file"; } || exit; done; \
+	    echo "The base is now $$tag@$$new"; fi ;; \
+	*) echo "No registry answers for $$tag, so the base stays: $$new" ;; \
+	esac
+
 # --- Without Docker ---------------------------------------------------------------------------------------------------
 
-# Two locks, in this order: the second is constrained by the first.
-PIN = pip-compile --quiet $(PIP_COMPILE_OPTIONS) && pip-compile --quiet $(PIP_COMPILE_OPTIONS) requirements-dev.in
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary=:all:
 
 # Anew for each new lock, so that nothing stays that the lock no longer has.
@@ -100,6 +120,3 @@ down-venv:
 	    while kill -0 "$$pid" 2>/dev/null; do tries=$$((tries - 1)); sleep 0.1; \
 	        if [ "$$tries" = 0 ]; then echo "process $$pid (.serve.pid) does not end" >&2; exit 1; fi; done; fi
 	@rm -f .serve.pid .serve.health
-
-lock-venv: .venv/dev
-	@PATH="$(CURDIR)/.venv/bin:$$PATH"; $(PIN)
