@@ -1,6 +1,6 @@
 # Each target is a line or two over a command that also works by itself.
 .DEFAULT_GOAL := help
-.PHONY: help up down serve test lock upgrade check bench newest-base up-venv down-venv
+.PHONY: help up down serve test lock upgrade check image reproduce sbom bench newest-base archive up-venv down-venv
 
 PYTHON ?= python3
 
@@ -57,6 +57,24 @@ check: ## lint; fail if a lock is not what its .in file asks for, or the base no
 	else echo "shellcheck is not installed: .ci goes unchecked"; [ -z "$$CI" ]; fi
 	@$(FRESH) && $(PYTHON) tools/lock.py diff "$$fresh"
 
+image: ## build this commit for PLATFORMS, with SBOM and provenance, as an archive; PUSH=1 pushes it to IMAGE
+	@$(ABLE); [ -z "$(PUSH)" ] || { case $(REVISION) in *-dirty) false ;; esac && grep -q '^## \[$(VERSION)\]' CHANGELOG.md \
+	        && git tag --points-at HEAD | grep -qx 'v$(VERSION)'; } \
+	    || { echo "PUSH takes a commit with the tag v$(VERSION), nothing uncommitted, and [$(VERSION)] in CHANGELOG.md" >&2; exit 1; }
+	$(BUILD) $(ATTESTATIONS) $(PLATFORMS:%=--platform %) --target runtime \
+	    --output '"type=oci","rewrite-timestamp=true","name=$(IMAGE):$(VERSION)","dest=flask-helloworld.oci.tar"' .
+	$(if $(PUSH),docker load --quiet --input flask-helloworld.oci.tar && docker push "$(IMAGE):$(VERSION)")
+
+reproduce: ## build every target twice without cache, compare digests; PUBLISHED=NAME:TAG: with that image's too
+	@$(ABLE); $(PYTHON) tools/reproduce.py $(if $(PUBLISHED),--published $(PUBLISHED)) builder test runtime
+
+sbom: .venv/dev ## list what is in the image, as SPDX and as CycloneDX
+	@new=$$(mktemp -d .sbom.XXXXXX) && trap 'rm -rf "$$new"' EXIT && $(SELF) archive TARGET=runtime ARCHIVE="$$new/image.tar" \
+	    && SYFT_CHECK_FOR_APP_UPDATE=false .venv/bin/syft scan --quiet "oci-archive:$$new/image.tar" \
+	        --source-name flask-helloworld --source-version '$(VERSION)' \
+	        --output "spdx-json=$$new/sbom.spdx.json" --output "cyclonedx-json=$$new/sbom.cdx.json" \
+	    && mv "$$new"/sbom.*.json . && ls sbom.*.json
+
 bench: ## measure the image and the service beside the alternatives; takes Docker, wrk, slowhttptest and minutes
 	$(PYTHON) bench/container.py
 	$(PYTHON) bench/service.py
@@ -84,6 +102,29 @@ newest-base:
 	    echo "The base is now $$tag@$$new"; fi ;; \
 	*) echo "No registry answers for $$tag, so the base stays: $$new" ;; \
 	esac
+
+# --- One commit, one image --------------------------------------------------------------------------------------------
+
+# Expanded where they are used: git is asked by these targets alone.
+VERSION = $(shell sed -n 's/.*image[.]version="\(.*\)".*/\1/p' Dockerfile)
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
+CREATED = $(shell TZ=UTC0 git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd)
+
+# The commit's time stands for the build's, in labels, layers and history. Younger files get it when the image is written;
+# without cache, because a layer from an earlier build has files that are older than the commit.
+BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) docker buildx build --no-cache --build-arg PYTHON_IMAGE \
+	--label org.opencontainers.image.revision=$(REVISION) --label org.opencontainers.image.created=$(CREATED)
+ATTESTATIONS := --provenance mode=max --sbom true
+IMAGE := flask-helloworld
+
+# The default of Engine 29. The older store knows no manifests, so it has no digest before a push.
+ABLE = git rev-parse --verify --quiet HEAD >/dev/null || { echo "This takes a commit of a git repository." >&2; exit 1; }; \
+	docker info --format '{{.DriverStatus}}' 2>/dev/null | grep -q containerd \
+	    || { echo "This takes a Docker Engine with the containerd image store, https://docs.docker.com/go/containerd" >&2; exit 1; }
+
+archive:
+	@$(ABLE); $(BUILD) --provenance false --target $(TARGET) \
+	    --output '"type=oci","dest=$(ARCHIVE)","rewrite-timestamp=true"' .
 
 # --- Without Docker ---------------------------------------------------------------------------------------------------
 
