@@ -112,6 +112,7 @@ def test_ends_on_a_signal(folder: pathlib.Path, number: signal.Signals) -> None:
         with socket.create_connection((host, port), 10) as connection:
             connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            running.requests(1)  # it has ended, not only been answered
             running.process.send_signal(number)
             assert running.ended() == 0
             assert running.messages() == []
