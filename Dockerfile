@@ -19,6 +19,7 @@ RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
 # pip works on the environment from outside: nothing that could install anything gets into it.
 RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
     for wheel in /wheels/*; do \
+        [ -e "${wheel}" ] || continue; \
         { sum=$(sha256sum "${wheel}") && grep -q "sha256:${sum%% *}" /lock/requirements.txt; } \
             || { echo "${wheel} is not in requirements.txt" >&2; exit 1; }; \
     done \
@@ -73,10 +74,10 @@ COPY app.py healthcheck.py /code/app/
 COPY serve /code/app/serve
 COPY pyproject.toml /code/test/
 COPY tests /code/test/tests
-# Where the time of the commit is given, an older file gets it here; younger ones, all others included, where the image
-# is written (rewrite-timestamp).
+# Writing the image anew (rewrite-timestamp) only lowers times that are after the commit's; earlier ones, which the files of
+# a folder may have, are raised here.
 ARG SOURCE_DATE_EPOCH
-RUN chmod -R u=rwX,go=rX /code \
+RUN find /code -type d -exec chmod 0755 {} + -o -type f -exec chmod 0644 {} + \
     && if [ -n "${SOURCE_DATE_EPOCH}" ]; then find /code -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +; fi
 
 # ---- service: what every image that runs has in common ----------------------------------------------------------------
@@ -129,10 +130,10 @@ CMD ["python", "-m", "pytest"]
 # ---- lock: `docker build --target lock --output . .` writes the requirements files, pinned by the image's own Python ---
 FROM dev AS pins
 WORKDIR /lock
-COPY pyproject.toml requirements*.in requirements*.txt tools/lock.py ./
+COPY requirements*.in requirements*.txt tools/lock.py ./
 ARG PIP_COMPILE_OPTIONS=
 RUN --mount=type=cache,target=/root/.cache/pip \
-    mkdir /fresh && /opt/venv/bin/python lock.py pin /fresh ${PIP_COMPILE_OPTIONS}
+    mkdir /fresh && /opt/venv/bin/python lock.py pin /fresh
 
 FROM scratch AS lock
 COPY --from=pins /fresh /

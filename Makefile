@@ -1,6 +1,7 @@
 # Each target is a line or two over a command that also works by itself.
 .DEFAULT_GOAL := help
-.PHONY: help up down serve test lock upgrade check image reproduce sbom bench newest-base archive up-venv down-venv
+.PHONY: help up down serve test lock upgrade check image publish reproduce sbom bench
+.PHONY: newest-base archive python up-venv down-venv
 
 PYTHON ?= python3
 
@@ -17,6 +18,8 @@ SELF := $(MAKE) --silent
 # Conditions, as the shell's `if` takes them.
 ENGINE := docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1
 BASE := { docker image inspect "$(PYTHON_IMAGE)" >/dev/null 2>&1 || docker pull "$(PYTHON_IMAGE)" 2>/dev/null; }
+UNPINNED := case "$(PYTHON_IMAGE)" in *@sha256:*) ;; \
+	*) echo "warning: PYTHON_IMAGE=$(PYTHON_IMAGE) has no digest: another day it can be another image" >&2 ;; esac
 NO_ENGINE := No Docker Engine answers
 NO_BASE := The base image $(PYTHON_IMAGE) can neither be found nor pulled
 
@@ -26,7 +29,7 @@ help: ## print this list
 up: ## build, start, wait until healthy, print the address; without Docker, serve from .venv in the background
 	@if ! { $(ENGINE); }; then echo "$(NO_ENGINE): serving from a virtual environment instead."; $(SELF) up-venv; \
 	elif ! $(BASE); then echo "$(NO_BASE): serving from a virtual environment instead."; $(SELF) up-venv; \
-	else $(SELF) down-venv; docker compose up --build --wait || { docker compose logs --tail 20 web >&2; exit 1; }; \
+	else $(UNPINNED); $(SELF) down-venv; docker compose up --build --wait || { docker compose logs --tail 20 web >&2; exit 1; }; \
 	echo "http://$$(docker compose port web 5000)"; fi
 
 down: down-venv ## stop and remove what `make up` started
@@ -42,35 +45,41 @@ test: .venv/dev ## run every test that this machine can run; REQUIRE_DOCKER=1 fa
 lock: ## pin what the requirements files ask for
 upgrade: ## pin the newest that they allow, and the base's newest digest; PACKAGE=NAME: that package alone
 upgrade: PIP_COMPILE_OPTIONS := $(if $(PACKAGE),$(PACKAGE:%=--upgrade-package=%),--upgrade)
+# A lock that has not changed stays untouched; one that has gets the time of now, which the build's cache would not give.
 lock upgrade:
-	@$(FRESH) && mv "$$fresh/requirements.txt" "$$fresh/requirements-dev.txt" .
+	@$(FRESH) && for lock in requirements.txt requirements-dev.txt; do cmp -s "$$fresh/$$lock" "$$lock" \
+	    || { touch "$$fresh/$$lock" && mv "$$fresh/$$lock" .; } || exit; done
 	@$(if $(filter upgrade,$@),$(if $(PACKAGE),,$(SELF) newest-base))
 
-check: ## lint; fail if a lock is not what its .in file asks for, or the base not the one that is documented
+check: python ## lint; fail if a lock is not what its .in file asks for, or the base not the one that is documented
 	@$(PYTHON) tools/lock.py check
 	@$(SELF) .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/hadolint Dockerfile
 	.venv/bin/zizmor --quiet --offline .github
-	@if command -v shellcheck >/dev/null; then echo "shellcheck .ci/*"; shellcheck .ci/*; \
+	@if command -v shellcheck >/dev/null; then echo "shellcheck .ci"; shellcheck .ci/run .ci/provision; \
 	else echo "shellcheck is not installed: .ci goes unchecked"; [ -z "$$CI" ]; fi
 	@$(FRESH) && $(PYTHON) tools/lock.py diff "$$fresh"
 
-image: ## build this commit for PLATFORMS, with SBOM and provenance, as an archive; PUSH=1 pushes it to IMAGE
-	@$(ABLE); [ -z "$(PUSH)" ] || { case $(REVISION) in *-dirty) false ;; esac && grep -q '^## \[$(VERSION)\]' CHANGELOG.md \
-	        && git tag --points-at HEAD | grep -qx 'v$(VERSION)'; } \
-	    || { echo "PUSH takes a commit with the tag v$(VERSION), nothing uncommitted, and [$(VERSION)] in CHANGELOG.md" >&2; exit 1; }
-	$(BUILD) $(ATTESTATIONS) $(PLATFORMS:%=--platform %) --target runtime \
-	    --output '"type=oci","rewrite-timestamp=true","name=$(IMAGE):$(VERSION)","dest=flask-helloworld.oci.tar"' .
-	$(if $(PUSH),docker load --quiet --input flask-helloworld.oci.tar && docker push "$(IMAGE):$(VERSION)")
+image: ## build this commit, with SBOM and provenance, for PLATFORMS, as flask-helloworld.oci.tar
+	@$(ABLE) && $(UNPINNED)
+	$(BUILD) $(ATTESTATIONS) $(PLATFORMS:%=--platform %) \
+	    --target runtime --output '$(OCI)"name=$(IMAGE):$(VERSION)","dest=flask-helloworld.oci.tar.new"' - \
+	&& mv flask-helloworld.oci.tar.new flask-helloworld.oci.tar
 
-reproduce: ## build every target twice without cache, compare digests; PUBLISHED=NAME:TAG: with that image's too
-	@$(ABLE); $(PYTHON) tools/reproduce.py $(if $(PUBLISHED),--published $(PUBLISHED)) builder test runtime
+publish: ## push what `make image IMAGE=NAME` has built of a released commit
+	@$(RELEASED) && docker load --quiet --input flask-helloworld.oci.tar && image="$(IMAGE):$(VERSION)" \
+	&& built=$$(docker image inspect --format '{{index .Config.Labels "org.opencontainers.image.revision"}}' "$$image") \
+	&& if [ "$$built" = "$(REVISION)" ]; then docker push "$$image"; \
+	else echo "flask-helloworld.oci.tar is of commit $$built, not $(REVISION); run: make image" >&2; exit 1; fi
+
+reproduce: python ## build every target twice without cache, compare digests; PUBLISHED=NAME:TAG: with that image's too
+	@$(ABLE) && $(PYTHON) tools/reproduce.py $(if $(PUBLISHED),--published '$(PUBLISHED)') builder test runtime
 
 sbom: .venv/dev ## list what is in the image, as SPDX and as CycloneDX
-	@new=$$(mktemp -d .sbom.XXXXXX) && trap 'rm -rf "$$new"' EXIT && $(SELF) archive TARGET=runtime ARCHIVE="$$new/image.tar" \
-	    && SYFT_CHECK_FOR_APP_UPDATE=false .venv/bin/syft scan --quiet "oci-archive:$$new/image.tar" \
+	@new=$$(mktemp -d .sbom.XXXXXX) || exit; trap 'rm -rf "$$new"' EXIT; trap 'exit 1' HUP INT TERM; \
+	$(SELF) archive TARGET=runtime ARCHIVE="$$new/image.tar" && SYFT_CHECK_FOR_APP_UPDATE=false .venv/bin/syft scan --quiet "oci-archive:$$new/image.tar" \
 	        --source-name flask-helloworld --source-version '$(VERSION)' \
 	        --output "spdx-json=$$new/sbom.spdx.json" --output "cyclonedx-json=$$new/sbom.cdx.json" \
 	    && mv "$$new"/sbom.*.json . && ls sbom.*.json
@@ -82,24 +91,28 @@ bench: ## measure the image and the service beside the alternatives; takes Docke
 # --- Locks --------------------------------------------------------------------------------------------------------------
 
 # How a recipe begins that takes fresh locks, in $$fresh: made by the image's own Python where an engine answers. Of what
-# a build says, only the line that tells why not.
-FRESH = fresh=$$(mktemp -d .lock.XXXXXX) && trap 'rm -rf "$$fresh"' EXIT && trap 'exit 1' HUP INT TERM && \
-	without=; if ! { $(ENGINE); }; then without="$(NO_ENGINE)"; elif ! $(BASE); then without="$(NO_BASE)"; fi && \
+# a build says, only the line that tells why not. First what can be said without pip-tools, which one of the locks has.
+export PIP_COMPILE_OPTIONS :=
+FRESH = ! command -v $(PYTHON) >/dev/null || $(PYTHON) tools/lock.py ready || exit; \
+	fresh=$$(mktemp -d .lock.XXXXXX) || exit; trap 'rm -rf "$$fresh"' EXIT; trap 'exit 1' HUP INT TERM; \
+	without=; if ! { $(ENGINE); }; then without="$(NO_ENGINE)"; elif ! $(BASE); then without="$(NO_BASE)"; fi; \
 	if [ -n "$$without" ]; then echo "$$without: locking with $(PYTHON) instead."; \
-	    $(SELF) .venv/dev && .venv/bin/python tools/lock.py pin "$$fresh" $(PIP_COMPILE_OPTIONS); \
-	else docker build --progress plain --target lock --no-cache-filter pins --output "$$fresh" --build-arg PYTHON_IMAGE \
-	    --build-arg PIP_COMPILE_OPTIONS='$(PIP_COMPILE_OPTIONS)' . >"$$fresh/log" 2>&1 \
+	    $(SELF) .venv/dev && .venv/bin/python tools/lock.py pin "$$fresh"; \
+	else docker buildx build --progress plain --target lock --no-cache-filter pins --output "$$fresh" \
+	        --build-arg PYTHON_IMAGE --build-arg PIP_COMPILE_OPTIONS . >"$$fresh/log" 2>&1 \
 	    || { sed -n 's/^\#[0-9]* [0-9.]* \(lock: .*\)/\1/p' "$$fresh/log" | grep . \
 	        || sed -n '/^------/,$$p' "$$fresh/log" | grep . || cat "$$fresh/log"; exit 1; } >&2; fi
 
+# From Dependabot's line, where there is one, because that is the only line that Dependabot moves.
 newest-base:
-	@base=$$(sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile) && tag=$${base%@*} && \
+	@base=$$(sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile); moved=$$(sed -n 's/^FROM //p' .github/base/Dockerfile 2>/dev/null); \
+	moved=$${moved:-$$base}; tag=$${moved%@*}; \
 	new=$$(docker buildx imagetools inspect --format '{{json .Manifest.Digest}}' "$$tag" 2>&1 | tr -d '"'); \
 	case $$new in \
-	sha256:*) if [ "$$tag@$$new" = "$$base" ]; then echo "The base is its tag's newest: $$base"; else \
+	sha256:*) new="$$tag@$$new"; if [ "$$new" = "$$base" ]; then echo "The base is its tag's newest: $$base"; else \
 	    for file in Dockerfile README.md .github/base/Dockerfile; do [ ! -f "$$file" ] || { cp -p "$$file" "$$file.new" \
-	        && sed "s|$$base|$$tag@$$new|g" "$$file" >"$$file.new" && mv "$$file.new" "$$file"; } || exit; done; \
-	    echo "The base is now $$tag@$$new"; fi ;; \
+	        && sed -e "s|$$base|$$new|g" -e "s|$$moved|$$new|g" "$$file" >"$$file.new" && mv "$$file.new" "$$file"; } \
+	        || { rm -f "$$file.new"; exit 1; }; done; echo "The base is now $$new"; fi ;; \
 	*) echo "No registry answers for $$tag, so the base stays: $$new" ;; \
 	esac
 
@@ -107,33 +120,50 @@ newest-base:
 
 # Expanded where they are used: git is asked by these targets alone.
 VERSION = $(shell sed -n 's/.*image[.]version="\(.*\)".*/\1/p' Dockerfile)
-REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
+REVISION = $(shell git rev-parse HEAD)
 CREATED = $(shell TZ=UTC0 git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd)
+IMAGE := flask-helloworld
+# The generator takes part in no image: it writes the list that is attached to one.
+SBOM_GENERATOR := docker/buildkit-syft-scanner:stable-1@sha256:ae4f3b554449e7e25548e7d8ccc029d17357348e30c6e3df01b92bc93654d6a9
+ATTESTATIONS := --provenance mode=max --attest type=sbom,generator=$(SBOM_GENERATOR)
 
+# What is built is the commit, whatever else lies in the folder; FOLDER=1 builds the folder, to see that it is the same.
 # The commit's time stands for the build's, in labels, layers and history. Younger files get it when the image is written;
 # without cache, because a layer from an earlier build has files that are older than the commit.
-BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) docker buildx build --no-cache --build-arg PYTHON_IMAGE \
+BUILD = $(if $(FOLDER),,git -c core.autocrlf=false archive HEAD |) \
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) BUILDX_GIT_LABELS= docker buildx build --no-cache --build-arg PYTHON_IMAGE \
 	--label org.opencontainers.image.revision=$(REVISION) --label org.opencontainers.image.created=$(CREATED)
-ATTESTATIONS := --provenance mode=max --sbom true
-IMAGE := flask-helloworld
+OCI := "type=oci","rewrite-timestamp=true",
 
-# The default of Engine 29. The older store knows no manifests, so it has no digest before a push.
-ABLE = git rev-parse --verify --quiet HEAD >/dev/null || { echo "This takes a commit of a git repository." >&2; exit 1; }; \
-	docker info --format '{{.DriverStatus}}' 2>/dev/null | grep -q containerd \
-	    || { echo "This takes a Docker Engine with the containerd image store, https://docs.docker.com/go/containerd" >&2; exit 1; }
+# Docker's own builder writes OCI images only from the containerd store, which is the default of Engine 29.
+ABLE = { git rev-parse --verify --quiet HEAD >/dev/null || { echo "This takes a commit of a git repository." >&2; exit 1; }; \
+	docker info --format '{{.DriverStatus}}' 2>/dev/null | grep -q containerd || { \
+	    echo "This takes a Docker Engine with the containerd image store, https://docs.docker.com/go/containerd" >&2; exit 1; }; \
+	[ "$$(git log -1 --format=%ct)" -le "$$(date +%s)" ] || { \
+	    echo "The commit's time is still to come: the clock is wrong, or was when it was made." >&2; exit 1; }; \
+	[ -z "$$(git status --porcelain)" ] || echo "What is built is the commit; it does not have your changes." >&2; }
+
+RELEASED = { git tag --points-at HEAD | grep -qx 'v$(VERSION)' && grep -q '^\#\# \[$(VERSION)\]' CHANGELOG.md || { \
+	    echo "This takes a commit with the tag v$(VERSION), and a section [$(VERSION)] in CHANGELOG.md." >&2; exit 1; }; \
+	! grep -q 'image.source="https://example.org' Dockerfile || { \
+	    echo "Dockerfile: image.source is an example; put the address of your repository." >&2; exit 1; }; }
 
 archive:
-	@$(ABLE); $(BUILD) --provenance false --target $(TARGET) \
-	    --output '"type=oci","dest=$(ARCHIVE)","rewrite-timestamp=true"' .
+	@$(ABLE) && $(BUILD) --provenance false --target $(TARGET) --output '$(OCI)"dest=$(ARCHIVE)"' $(if $(FOLDER),.,-)
 
 # --- Without Docker ---------------------------------------------------------------------------------------------------
 
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary=:all:
 
-# Anew for each new lock, so that nothing stays that the lock no longer has.
-.venv/runtime: requirements.txt
+python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "$(PYTHON) is not Python 3.11 or later; name one that is: make PYTHON=python3.14" >&2; exit 1; }
+
+requirements.txt requirements-dev.txt:
+	@echo "lock: $@ is missing; \`git checkout $@\` restores it" >&2; exit 1
+
+# Anew for each new lock, so that nothing stays that the lock no longer has.
+.venv/runtime: requirements.txt | python
 	$(PYTHON) -m venv --clear .venv
 	$(PIP_INSTALL) --requirement requirements.txt
 	@touch $@

@@ -49,6 +49,13 @@ def run(*command: object, check: bool = True, **options: object) -> subprocess.C
     return done
 
 
+def edit(path: pathlib.Path, pattern: str, replacement: str) -> None:
+    """Change the first place in a file where a pattern matches."""
+    text, count = re.subn(pattern, replacement, path.read_text(), count=1, flags=re.MULTILINE)
+    assert count
+    path.write_text(text)
+
+
 def rest(connection: socket.socket) -> bytes:
     """Return what a connection brings until it is closed."""
     return b"".join(iter(lambda: connection.recv(65536), b""))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support import ROOT, Project, run
+from tests.support import ROOT, Project, edit, run
 
 if not (ROOT / "tools").is_dir():
     pytest.skip("the image has no tools", allow_module_level=True)
@@ -28,13 +28,6 @@ def lock(folder: pathlib.Path, *arguments: object, **options: object) -> subproc
     """Run tools/lock.py in a folder."""
     command = [sys.executable, ROOT / "tools" / "lock.py", *arguments]
     return run(*command, cwd=folder, check=False, **options)
-
-
-def edit(path: pathlib.Path, pattern: str, replacement: str) -> None:
-    """Change the first place in a file where a pattern matches."""
-    text, count = re.subn(pattern, replacement, path.read_text(), count=1, flags=re.MULTILINE)
-    assert count
-    path.write_text(text)
 
 
 def line_of(path: pathlib.Path, text: str) -> int:
@@ -65,16 +58,35 @@ def test_nothing_is_wrong_here(copy: Project) -> None:
         ("requirements-dev.txt", r"^click==\S+", "click==1.0", "click==1.0", "click==1.0 contradicts click=="),
         ("requirements.in", r"\Z", "--extra-index-url https://example.org/simple\n", "--extra", "an option"),
         ("requirements.in", r"\Z", "-f wheels\n", "-f wheels", "an option"),
+        ("requirements.in", r"\Z", "-r requirements-more.in\n", "-r requirements-more.in", "an option"),
+        ("requirements.in", r"\Z", "-c https://example.org/x.txt\n", "-c https", "an option"),
         ("requirements.in", r"\Z", "./mine\n", "./mine", "a path or an address"),
+        ("requirements.in", r"\Z", "wheels/mine-1.0-py3-none-any.whl\n", "wheels/", "a path or an address"),
+        ("requirements.in", r"\Z", "mine-1.0-py3-none-any.whl\n", "mine-1.0", "a path or an address"),
+        ("requirements.in", r"\Z", "${MINE}\n", "${MINE}", "a path or an address"),
         ("requirements.in", r"\Z", "-e .\n", "-e .", "a path or an address"),
+        ("requirements.in", r"Flask ~=", "Flask =", "Flask =", "not a requirement; takes a name, and versions as in"),
         ("requirements-dev.in", r"\Z", "mine @ file:///mine\n", "mine @", "a path or an address"),
         ("requirements-dev.in", r"\Z", "git+https://example.org/x\n", "git+", "a path or an address"),
-        ("Dockerfile", r"@sha256:\w+", "", "ARG PYTHON_IMAGE=", "takes name:tag@sha256:"),
+        ("Dockerfile", r"@sha256:\w+", "", "ARG PYTHON_IMAGE=", "takes PYTHON_IMAGE=name:tag@sha256:"),
         ("Dockerfile", r"FROM \S+ AS dev", "FROM python:3 AS dev", "AS dev", "python:3: neither a stage nor an image"),
+        ("Dockerfile", r"FROM \S+ AS dev", "from python:3 as dev", "as dev", "python:3: neither a stage nor an image"),
         ("Dockerfile", r"COPY --from=dev", "COPY --from=busybox:1", "=busybox", "busybox:1: neither a stage nor"),
-        ("Dockerfile", r"\A", "# syntax=docker/dockerfile:1\n", "syntax=", "docker/dockerfile:1: neither a stage nor"),
-        ("README.md", r"(python:[\w.-]+@)sha256:\w+", rf"\1{OTHER_HASH}", OTHER_HASH, "is not the base of Dockerfile:"),
-        (".github/base/Dockerfile", r"(FROM \w+:)[\d.]+", r"\g<1>3.14.8", "FROM", "is not the base of Dockerfile:"),
+        ("Dockerfile", r"from=bytecode", "from=busybox:1", "=busybox", "busybox:1: neither a stage nor"),
+        ("Dockerfile", r"--mount=type=bind,from=bytecode", "--mount=from=busybox:1", "=busybox", "busybox:1: neither"),
+        ("Dockerfile", r"\A", "# Syntax=docker/dockerfile:1\n", "Syntax=", "docker/dockerfile:1: neither a stage nor"),
+        ("Dockerfile", r"\Z", "ADD https://example.org/x /x\n", "ADD", "an address without --checksum=sha256:"),
+        ("README.md", r"(python:[\w.-]+@)sha256:\w+", rf"\1{OTHER_HASH}", OTHER_HASH, "does not name the base of Dock"),
+        (
+            "README.md",
+            r"python:[\w.-]+@sha256",
+            "localhost:5000/python:3@sha256",
+            "localhost:5000/python:3@",
+            "does not name the base",
+        ),
+        (".github/base/Dockerfile", r"(FROM \w+:)[\d.]+", r"\g<1>3.14.8", "FROM", "does not name the base of Dockerf"),
+        (".github/base/Dockerfile", r"^FROM \S+", "FROM python:3", "FROM", "does not name the base of Dockerfile:"),
+        ("compose.yaml", r"- PYTHON_IMAGE$", "- PYTHON_IMAGE=evil:1", "evil", "the base is the Dockerfile's"),
     ],
 )
 def test_a_change_by_hand_is_named(  # noqa: PLR0913, PLR0917 - a table has as many columns as it needs
@@ -96,39 +108,35 @@ def test_a_missing_file_is_named(copy: Project, name: str) -> None:
     assert lock(copy.folder, "check").stderr == f"lock: {name} is missing; `git checkout {name}` restores it\n"
 
 
-def test_the_base_in_the_dockerfile_is_held_to_the_documents(copy: Project) -> None:
+@pytest.mark.parametrize("base", [rf"\g<1>@{OTHER_HASH}", f"localhost:5000/python:3@{OTHER_HASH}"])
+def test_the_base_in_the_dockerfile_is_held_to_the_documents(copy: Project, base: str) -> None:
     """Another base in the Dockerfile alone is named at each place that still has the old one."""
-    edit(copy.folder / "Dockerfile", r"@sha256:\w+", f"@{OTHER_HASH}")
+    edit(copy.folder / "Dockerfile", r"(?<=ARG PYTHON_IMAGE=)(\S+)@sha256:\w+", base)
     done = lock(copy.folder, "check")
     assert {line.split(":")[1].strip() for line in done.stderr.splitlines()} == {"README.md", ".github/base/Dockerfile"}
 
 
-@pytest.mark.parametrize(
-    ("pattern", "replacement", "at", "message"),
-    [
-        (r"sha256:\w{4}", "sha256:0000", "sha256:0000", "the index has no file sha256:0000"),
-        (r"( \\\n *--hash=sha256:\w+)\n", "\n", "==", "the index also has sha256:"),
-        (r"\Z", f"six==1.17.0 --hash={OTHER_HASH}\n", "six==", "six==1.17.0: nothing asks for it"),
-        (r"^click==[^#]*# via .*\n", "", None, "click==.* is missing"),
-        (r"^flask==\S+", "flask==2.0.0", "flask==2.0.0", "flask==2.0.0 should be 3."),
-        (r"# via flask", "# via nothing", "# via nothing", "not as pip-compile writes it"),
-    ],
-)
-def test_drift_is_named(copy: Project, pattern: str, replacement: str, at: str | None, message: str) -> None:
-    """A lock that is not what the sources and the index come to is named by line, package and hash."""
-    path = copy.folder / "requirements.txt"
-    edit(path, pattern, replacement)
-    (copy.folder / "requirements-dev.in").write_text("-c requirements.txt\n")  # that is for the second lock to show
-    (copy.folder / "requirements-dev.txt").write_text("")
-    fresh = copy.folder / "fresh"
-    fresh.mkdir()
-    assert lock(copy.folder, "pin", fresh).returncode == 0
-    done = lock(copy.folder, "diff", fresh)
-    assert done.returncode == 1
-    assert re.search(message, done.stderr)
-    if at:
-        numbers = [n for n, line in enumerate(path.read_text().splitlines(), start=1) if at in line]
-        assert int(done.stderr.split(":")[2]) in numbers
+def test_a_second_base_is_said(copy: Project) -> None:
+    """A second default for the base, in whatever case, is not overlooked."""
+    edit(copy.folder / "Dockerfile", r"^FROM", "arg  PYTHON_IMAGE=evil:1\nFROM")
+    message = "lock: Dockerfile: takes one line `ARG PYTHON_IMAGE=name:tag@sha256:…`, not 2\n"
+    assert lock(copy.folder, "check").stderr == message
+
+
+@pytest.mark.parametrize("begin", [b"\xef\xbb\xbf", b"# -*- coding: utf-7 -*-\n", "# ü\n".encode()])
+def test_a_file_that_reads_otherwise_is_said(copy: Project, begin: bytes) -> None:
+    """What pip would read in another way than it is checked (a byte order mark, an encoding) is refused."""
+    path = copy.folder / "requirements.in"
+    path.write_bytes(begin + path.read_bytes())
+    assert lock(copy.folder, "check").stderr.startswith("lock: requirements.in: takes plain ASCII, ")
+
+
+def test_a_password_is_not_printed(copy: Project) -> None:
+    """An address that has a password in it is named without."""
+    edit(copy.folder / "requirements.in", r"\Z", "-i https://me:secret@example.org/simple\n")
+    done = lock(copy.folder, "check")
+    assert "https://****@example.org" in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_check_fails_for_drift(project: Project) -> None:
@@ -218,9 +226,12 @@ def pin(index: Index, tmp_path: pathlib.Path) -> Callable[..., subprocess.Comple
     (tmp_path / "fresh").mkdir()
     environ = {"PATH": "/usr/bin:/bin", "PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "0", "PIP_INDEX_URL": index.url}
 
+    (tmp_path / "requirements-dev.txt").write_text("")
+
     def pin(requirements: str, *options: str, **variables: str) -> subprocess.CompletedProcess:
         (tmp_path / "requirements.in").write_text(requirements)
-        return lock(tmp_path, "pin", tmp_path / "fresh", *options, env=environ | variables)
+        variables["PIP_COMPILE_OPTIONS"] = " ".join(options)
+        return lock(tmp_path, "pin", tmp_path / "fresh", env=environ | variables)
 
     return pin
 
@@ -242,17 +253,85 @@ def test_pin(pin: Callable, index: Index, tmp_path: pathlib.Path) -> None:
     assert done.stderr == "lock: PACKAGE=greetings: not in requirements.txt or requirements-dev.txt\n"
 
 
+@pytest.fixture
+def locked(pin: Callable, tmp_path: pathlib.Path) -> Callable[..., subprocess.CompletedProcess]:
+    """A function that changes a lock of two packages by hand, and compares it with fresh ones."""
+    assert pin("greeting\nother\n").stderr == ""
+    for name in LOCKS:
+        shutil.copy(tmp_path / "fresh" / name, tmp_path)
+
+    def change(pattern: str, replacement: str) -> subprocess.CompletedProcess:
+        edit(tmp_path / "requirements.txt", pattern, replacement)
+        assert pin("greeting\nother\n").stderr == ""
+        return lock(tmp_path, "diff", "fresh")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "message"),
+    [
+        (r"(--hash=\S+)", rf"\1 --hash={OTHER_HASH}", rf"requirements.txt:2: greeting==1.0: .* no file {OTHER_HASH}$"),
+        (r"other==.*\n.*\n.*\n", "", "requirements.txt: other==1.0 is missing$"),
+        (r"\Z", f"six==1.17.0 --hash={OTHER_HASH}\n", "requirements.txt:7: six==1.17.0: nothing asks for it$"),
+        (r"# via", "# by", "requirements.txt:3: not as pip-compile writes it$"),
+        (r"\n", "\r\n", "requirements.txt:1: not as pip-compile writes it$"),
+    ],
+)
+def test_drift_is_named(locked: Callable, pattern: str, replacement: str, message: str) -> None:
+    """A lock that is not what the sources and the index come to is named by line, package and hash."""
+    done = locked(pattern, replacement)
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()
+    assert re.fullmatch(f"lock: {message}", first)
+    assert last == (
+        "lock: the locks are not what the .in files and the index come to; if that is no surprise: make lock"
+    )
+
+
+def test_a_file_that_was_added_to_a_release_is_named(locked: Callable, index: Index) -> None:
+    """A file that the index has and the lock has not is drift too; a lock that is as it should be is none."""
+    assert locked(r"\A", "").returncode == 0
+    index.wheels["greeting-1.0-py2-none-any.whl"] = wheel("greeting", "1.0", "# for Python 2\n")
+    digest = hashlib.sha256(index.wheels["greeting-1.0-py2-none-any.whl"]).hexdigest()
+    assert f"requirements.txt:1: greeting==1.0: the index also has sha256:{digest}" in locked(r"\A", "").stderr
+
+
+def test_settings_of_pip_tools_do_not_open_the_gate(locked: Callable, tmp_path: pathlib.Path) -> None:
+    """What pyproject.toml says to pip-compile changes nothing in what the locks are compared with."""
+    settings = "[tool.pip-tools]\ndry-run = true\nreuse-hashes = true\ngenerate-hashes = false\n"
+    (tmp_path / "pyproject.toml").write_text(settings)
+    assert f"no file {OTHER_HASH}" in locked(r"(--hash=\S+)", rf"\1 --hash={OTHER_HASH}").stderr
+
+
+def test_a_swapped_wheel_is_named(pin: Callable, index: Index, tmp_path: pathlib.Path) -> None:
+    """If a file of the index is another than is locked, the line of its hash is named, and nothing is locked."""
+    pin("greeting\n")
+    for name in LOCKS:
+        shutil.copy(tmp_path / "fresh" / name, tmp_path)
+        (tmp_path / "fresh" / name).unlink()
+    index.wheels["greeting-1.0-py3-none-any.whl"] = swapped = wheel("greeting", "1.0", "import os\n")
+    index.wheels.pop("greeting-0.9-py3-none-any.whl")
+    digest = hashlib.sha256(swapped).hexdigest()
+    done = pin("greeting\n", PIP_NO_CACHE_DIR="1")
+    assert done.stderr == f"lock: requirements.txt:2: the index has another file than is locked, sha256:{digest}\n"
+    assert not list((tmp_path / "fresh").iterdir())
+
+
 @pytest.mark.parametrize(
     ("requirements", "message"),
     [
         ("# a comment\ngreetin\n", "requirements.in:2: no package greetin on the index; is the name right?"),
         ("greeting>=2\n", "requirements.in:1: no release is greeting>=2; the newest is 1.0"),
-        ("other\ngreeting ~~ 1\n", "requirements.in:2: Invalid requirement: 'greeting ~~ 1': "),
+        ("other\ngreeting ~~ 1\n", "requirements.in:2: 'greeting ~~ 1': not a requirement; takes a name, and "),
         (
             "greeting<1\ngreeting>=1\n",
             "requirements.in: Cannot install greeting<1 and greeting>=1 because of conflicts: The user ",
         ),
-        ("greeting\n-i https://example.org/\n", "requirements.in:2: '-i https://example.org/': an option; an index "),
+        (
+            "greeting\n-i https://example.org/\n",
+            "requirements.in:2: '-i https://example.org/': an option; indexes are named ",
+        ),
         ("<<<<<<< HEAD\ngreeting\n", "requirements.in:1: '<<<<<<< HEAD': a conflict of a merge; "),
     ],
 )
@@ -269,7 +348,8 @@ def test_a_yanked_release_is_said(pin: Callable, index: Index, tmp_path: pathlib
     """A release that its authors have taken back is not locked, even if it is asked for by number."""
     index.yanked["greeting-1.0-py3-none-any.whl"] = "wrong name"
     done = pin("greeting==1.0\n")
-    assert done.stderr == "lock: requirements.in:1: greeting==1.0 is yanked (wrong name); take another\n"
+    said = "greeting==1.0 is yanked (wrong name); ask for another, or: make upgrade PACKAGE=greeting"
+    assert done.stderr == f"lock: requirements.in:1: {said}\n"
     assert not list((tmp_path / "fresh").iterdir())
 
 
@@ -353,8 +433,20 @@ def test_a_wheel_too_many_stops_the_build(project: Project) -> None:
     assert "/wheels/extra-1.0-py3-none-any.whl is not in requirements.txt" in done.stderr
 
 
-def test_a_base_without_a_digest_is_said(project: Project) -> None:
-    """A base by name alone is built on, with a warning; one by digest is built on without."""
-    project.environ["PYTHON_IMAGE"] = project.environ["PYTHON_IMAGE"].partition("@")[0]
-    done = project.build("--no-cache", "--progress=plain", "--target=builder")
-    assert f"warning: PYTHON_IMAGE={project.environ['PYTHON_IMAGE']} has no digest" in done.stderr
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "lock: requirements-dev.txt is missing; `git checkout requirements-dev.txt` restores it"),
+        ("<<<<<<< HEAD\n", "lock: requirements-dev.txt:1: '<<<<<<< HEAD': a conflict of a merge; take one side whole "),
+        ("pytest==1.0 --hash=sha256:123\n", "lock: requirements-dev.txt:1: pytest: 'sha256:123' is no SHA-256"),
+    ],
+)
+def test_a_broken_lock_of_the_tools_is_said(copy: Project, text: str | None, message: str) -> None:
+    """`make lock` takes pip-tools from a lock; if that cannot be read, one line says so before anything is built."""
+    path = copy.folder / "requirements-dev.txt"
+    path.unlink() if text is None else path.write_text(text)
+    done = copy.run("make", "lock", check=False)
+    assert done.returncode != 0
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith(message)
+    assert all(line.startswith("make") for line in rest)

@@ -1,12 +1,14 @@
 """The locks: make them, and tell what is wrong with them.
 
-    python tools/lock.py check             what can be said of the files alone; takes no package, no network
-    python tools/lock.py pin FOLDER ...    write fresh locks into FOLDER; what follows is for pip-compile
-    python tools/lock.py diff FOLDER       compare the locks with those
+    python tools/lock.py check          what can be said of the files alone; takes no package, no network
+    python tools/lock.py ready          of that, what would keep pip-compile from reading them
+    python tools/lock.py pin FOLDER     write fresh locks into FOLDER; PIP_COMPILE_OPTIONS goes to pip-compile
+    python tools/lock.py diff FOLDER    compare the locks with those
 
 Each problem is one line that names the file, the line and what would be right; one of them makes the exit code 1.
 """
 
+import os
 import pathlib
 import re
 import shutil
@@ -20,13 +22,19 @@ from typing import NamedTuple
 # In this order: the second is constrained by the first.
 SOURCES = ("requirements.in", "requirements-dev.in")
 RUNTIME, DEV = LOCKS = ("requirements.txt", "requirements-dev.txt")
-# Where the base is named beside the Dockerfile.
-DOCUMENTS = ("README.md", ".github/base/Dockerfile")
 
 CONFLICT = re.compile(r"<<<<<<<|=======|>>>>>>>|\|\|\|\|\|\|\|")
 PIN = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^\s;]+)(\s*;.*?)?(?P<hashes>(\s+--hash=\S+)*)")
 HASH = re.compile(r"sha256:[0-9a-f]{64}")
-IMAGE = re.compile(r"(?P<name>[\w./-]+(:\d+/[\w./-]+)?):(?P<tag>[\w.-]+)@sha256:[0-9a-f]{64}")
+# The settings of pyproject.toml, which are for pip-compile by itself: what the locks are held to must not hang on them.
+SETTINGS = (
+    *("--no-config", "--generate-hashes", "--no-reuse-hashes", "--strip-extras", "--allow-unsafe", "--newline=lf"),
+    *("--no-header", "--no-emit-index-url", "--no-emit-find-links", "--no-emit-trusted-host"),
+)
+
+# https://packaging.python.org/en/latest/specifications/dependency-specifiers/, without addresses.
+REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]*\s*(\[[\w\s.,-]*\])?\s*\(?((===|~=|==|!=|<=|>=|<|>)[^@/;]*)?(;.*)?")
+IMAGE = re.compile(r"[\w./:-]+:[\w.-]+@sha256:[0-9a-f]{64}")
 
 
 class Pin(NamedTuple):
@@ -61,11 +69,14 @@ def logical_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def unreadable(path: pathlib.Path) -> Iterator[str]:
-    """Tell what keeps pip-compile from reading a file: it is not there, or a merge has left its conflict in it."""
+    """Tell what keeps pip-compile from reading a file: it is not there, no text, or has a merge's conflict in it."""
     if not path.is_file():
         yield f"{path.name} is missing; `git checkout {path.name}` restores it"
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    text = path.read_bytes()
+    if text.startswith(b"\xef\xbb\xbf") or re.search(rb"#.*coding[:=]", text) or not text.isascii():
+        yield f"{path.name}: takes plain ASCII, without a byte order mark and without a coding line"
+    for number, line in enumerate(text.decode(errors="replace").splitlines(), start=1):
         if CONFLICT.match(line):
             yield (
                 f"{path.name}:{number}: {line!r}: a conflict of a merge; take one side whole "
@@ -75,15 +86,17 @@ def unreadable(path: pathlib.Path) -> Iterator[str]:
 
 
 def wrong_in_source(path: pathlib.Path) -> Iterator[str]:
-    """Tell what a file of requirements asks for that no lock can hold."""
+    """Tell what a file of requirements asks for that no lock can hold; a name and versions is all that it may."""
     for number, line in logical_lines(path):
         place = f"{path.name}:{number}: {line!r}"
-        if re.match(r"(-r|-c|--requirement|--constraint)\b", line):
+        if line == f"-c {RUNTIME}" and path.name != SOURCES[0]:
             continue
-        if re.match(r"(-e|--editable)\b|\.|/|[A-Za-z]:\\|[\w+]+:", line) or re.search(r"\s@\s|@\s*\w+:", line):
+        if line.startswith("-") and not re.match(r"(-e|--editable)\b", line):
+            yield f"{place}: an option; indexes are named in pip's own configuration, for a build in that of the base"
+        elif re.match(r"-e|--editable|\.|/|\w[\w+]*:", line) or re.search(r"[/@\\$]|\.(whl|zip|tar\.\w+)\b", line):
             yield f"{place}: a path or an address; a lock takes names and versions from a package index"
-        elif line.startswith("-"):
-            yield f"{place}: an option; an index belongs into the settings of the machine (PIP_INDEX_URL, pip.conf)"
+        elif not REQUIREMENT.fullmatch(line):
+            yield f"{place}: not a requirement; takes a name, and versions as in Flask ~= 3.1"
 
 
 def read_lock(path: pathlib.Path) -> tuple[dict[str, Pin], list[str]]:
@@ -123,37 +136,50 @@ def contradictions(runtime: dict[str, Pin], dev: dict[str, Pin]) -> Iterator[str
             yield f"{theirs.place}: {name}=={theirs.version} has other hashes than at {ours.place}"
 
 
-def unlocked_images(dockerfile: list[str]) -> Iterator[str]:
-    """Tell which images enter a build other than by PYTHON_IMAGE or by digest."""
+def unlocked(dockerfile: list[str]) -> Iterator[str]:
+    """Tell what enters a build other than by PYTHON_IMAGE, by digest, by hash or from the folder."""
     known = {"scratch", "${PYTHON_IMAGE}"}
+    heredoc = None
     for number, line in enumerate(dockerfile, start=1):
-        stage = re.match(r"FROM\s+(?:--\S+\s+)*(\S+)(?:\s+AS\s+(\S+))?", line)
-        images = [stage[1]] if stage else re.findall(r"[-,]from=([^\s,]+)", line)
-        images += re.findall(r"# *syntax *= *(\S+)", line)
+        if heredoc:
+            heredoc = None if line == heredoc else heredoc
+            continue
+        if begins := re.match(r"\s*(?:COPY|RUN|ADD)\b.*<<-?['\"]?(\w+)", line, re.IGNORECASE):
+            heredoc = begins[1]
+        place = f"Dockerfile:{number}"
+        stage = re.match(r"\s*FROM\s+(?:--\S+\s+)*(\S+)(?:\s+AS\s+(\S+))?", line, re.IGNORECASE)
+        images = [stage[1]] if stage else re.findall(r"\bfrom=[\"']?([^\s,\"']+)", line)
+        images += re.findall(r"^#\s*syntax\s*=\s*(\S+)", line, re.IGNORECASE)
         for image in images:
             if image not in known and not re.search(r"@sha256:[0-9a-f]{64}$", image):
-                yield f"Dockerfile:{number}: {image}: neither a stage nor an image by digest"
+                yield f"{place}: {image}: neither a stage nor an image by digest"
         if stage:
             known.add(stage[2])
+        if re.match(r"\s*ADD\b.*://", line, re.IGNORECASE) and "--checksum=sha256:" not in line:
+            yield f"{place}: an address without --checksum=sha256:…"
 
 
 def wrong_base(folder: pathlib.Path, dockerfile: list[str]) -> Iterator[str]:
-    """Tell if the base has no digest, and where another base is named than the build stands on."""
-    defaults = {
-        n: line.partition("=")[2] for n, line in enumerate(dockerfile, 1) if line.startswith("ARG PYTHON_IMAGE=")
-    }
+    """Tell if the base has no digest, and where it is not named as the one that the build stands on."""
+    default = re.compile(r"\s*ARG\b.*PYTHON_IMAGE\s*=", re.IGNORECASE)
+    defaults = {number: line for number, line in enumerate(dockerfile, start=1) if default.match(line)}
     if len(defaults) != 1:
-        yield "Dockerfile: takes one line `ARG PYTHON_IMAGE=name:tag@sha256:…`"
+        yield f"Dockerfile: takes one line `ARG PYTHON_IMAGE=name:tag@sha256:…`, not {len(defaults)}"
         return
-    ((at, base),) = defaults.items()
+    ((at, line),) = defaults.items()
+    base = line.removeprefix("ARG PYTHON_IMAGE=")
     if not IMAGE.fullmatch(base):
-        yield f"Dockerfile:{at}: PYTHON_IMAGE={base}: takes name:tag@sha256:…; make upgrade finds the digest"
-    for name in DOCUMENTS:
-        lines = (folder / name).read_text().splitlines() if (folder / name).is_file() else []
-        for number, line in enumerate(lines, start=1):
-            for found in IMAGE.finditer(line):
-                if found["name"] == base.partition(":")[0] and found[0] != base:
-                    yield f"{name}:{number}: {found[0]} is not the base of Dockerfile:{at}, {base}"
+        yield f"Dockerfile:{at}: {line}: takes PYTHON_IMAGE=name:tag@sha256:…; make upgrade finds the digest"
+    for name, begins in (("README.md", ""), (".github/base/Dockerfile", "FROM ")):
+        lines = (folder / name).read_text().splitlines() if (folder / name).is_file() else [begins + base]
+        if not any(begins + base in line for line in lines):
+            number = next(
+                (n for n, line in enumerate(lines, start=1) if IMAGE.search(line) or line.startswith("FROM")), 1
+            )
+            yield f"{name}:{number}: does not name the base of Dockerfile:{at}, {base}"
+    for number, line in enumerate((folder / "compose.yaml").read_text().splitlines(), start=1):
+        if re.search(r"PYTHON_IMAGE\s*[=:]", line):
+            yield f"compose.yaml:{number}: {line.strip()!r}: the base is the Dockerfile's; takes PYTHON_IMAGE alone"
 
 
 def check(folder: pathlib.Path) -> list[str]:
@@ -165,7 +191,17 @@ def check(folder: pathlib.Path) -> list[str]:
         (runtime, wrong), (dev, wrong_too) = (read_lock(folder / name) for name in LOCKS)
         problems += [*wrong, *wrong_too, *contradictions(runtime, dev)]
     dockerfile = (folder / "Dockerfile").read_text().splitlines()
-    return [*problems, *unlocked_images(dockerfile), *wrong_base(folder, dockerfile)]
+    return [*problems, *unlocked(dockerfile), *wrong_base(folder, dockerfile)]
+
+
+def ready(folder: pathlib.Path) -> list[str]:
+    """Return what keeps pip-compile from reading a folder's files; that there is no lock for the runtime does not."""
+    locks = [folder / name for name in LOCKS if name == DEV or (folder / name).is_file()]
+    problems = [problem for path in [*(folder / name for name in SOURCES), *locks] for problem in unreadable(path)]
+    if not problems:
+        problems += [problem for name in SOURCES for problem in wrong_in_source(folder / name)]
+        problems += [problem for lock in locks for problem in read_lock(lock)[1]]
+    return problems
 
 
 def pin(folder: pathlib.Path, into: pathlib.Path, options: list[str]) -> list[str]:
@@ -177,23 +213,20 @@ def pin(folder: pathlib.Path, into: pathlib.Path, options: list[str]) -> list[st
         options: go to pip-compile.
 
     """
-    for name in SOURCES:
-        if problems := [*unreadable(folder / name)] or [*wrong_in_source(folder / name)]:
-            return problems
-    there = [folder / name for name in LOCKS if (folder / name).is_file()]
-    if problems := [problem for lock in there for problem in unreadable(lock)]:
+    if problems := ready(folder):
         return problems
+    there = [folder / name for name in LOCKS if (folder / name).is_file()]
     names = {name for lock in there for name in read_lock(lock)[0]}
     for option in options:
         wanted = re.match(r"--upgrade-package=([\w.-]*)", option)
         if wanted and normal(wanted[1]) not in names:
             return [f"PACKAGE={wanted[1]}: not in {' or '.join(LOCKS)}"]
     with tempfile.TemporaryDirectory() as scratch:
-        for path in [folder / "pyproject.toml", *folder.glob("requirements*.in"), *there]:
+        for path in [*(folder / name for name in SOURCES), *there]:
             shutil.copy(path, scratch)
         for name in SOURCES:
             # The third -v makes pip say why it has left out an index. All of it is only read here.
-            command = [pathlib.Path(sys.executable).with_name("pip-compile"), "-vvv", *options, name]
+            command = [pathlib.Path(sys.executable).with_name("pip-compile"), "-vvv", *SETTINGS, *options, name]
             done = subprocess.run(command, cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if problem := (explain if done.returncode else yanked)(done.stdout, folder / name):
                 return [problem]
@@ -210,23 +243,28 @@ def yanked(output: str, source: pathlib.Path) -> str | None:
     found = re.search(r"yanked version: '(\S+)' candidate \(version (\S+) .*\n.*being yanked: (.*)", output)
     if not found:
         return None
-    return f"{place_of(found[1], source)}: {found[1]}=={found[2]} is yanked ({found[3].strip()}); take another"
+    return f"{place_of(found[1], source)}: {found[1]}=={found[2]} is yanked ({found[3].strip()}); \
+ask for another, or: make upgrade PACKAGE={found[1]}"
 
 
 def explain(output: str, source: pathlib.Path) -> str:
     """Say in one line why pip-compile has failed, by all that it has printed about a source."""
     for address, reason in re.findall(r"Could not fetch URL (\S+): (.+) - skipping", output):
         if "404 Client Error" not in reason:  # that index has no such package: another one may
-            cause = re.search(r"\[Errno.*?\] [\w ]+|too many \d+ error responses|\d{3} \w+ Error|timed out", reason)
+            cause = re.search(
+                r"\[Errno.*?\] [\w ]+|too many \d+ error responses|\d{3} \w+ Error|timed out|CERTIFICATE[^(]*", reason
+            )
             host = urllib.parse.urlsplit(address).hostname  # without what may stand in the address to log in
             return f"the package index {host} cannot be read: {cause[0] if cause else reason[:200]}"
     if swapped := re.search(r"Expected sha256 (\w+)(?:.|\n)*?Got\s+(\w+)", output):
         return f"{place_of_hash(swapped[1], source)}: the index has another file than is locked, sha256:{swapped[2]}"
     if clash := re.search(
-        r"ERROR: (Cannot install .*) because .*\n(?:.*\n)*?.*conflict is caused by:((?:\n +.+)+)", output
+        r"ERROR: (Cannot install .*) because .*\n(?:.*\n)*?.*conflict is caused by:((?:\n +\S.*)+)", output
     ):
         reasons = "; ".join(line.strip() for line in clash[2].strip().splitlines())
-        return f"{source.name}: {clash[1]} because of conflicts: {reasons}"
+        none = re.search(r"no matching distributions available for your environment:\s+(\S+)", output)
+        hint = f"; the index has no release of {none[1]} that would fit" if none else ""
+        return f"{source.name}: {clash[1]} because of conflicts: {reasons}{hint}"
     if missing := re.search(r"ERROR: Could not find a version .* requirement (.+) \(from versions: (.*)\)", output):
         wanted, versions = missing.groups()
         if versions == "none":
@@ -277,8 +315,8 @@ def diff(folder: pathlib.Path, fresh: pathlib.Path) -> Iterator[str]:
                 unknown, lacking = mine.hashes.keys() - right.hashes.keys(), right.hashes.keys() - mine.hashes.keys()
                 problems += [f"{mine.hashes[h]}: {pinned}: the index has no file {h}" for h in sorted(unknown)]
                 problems += [f"{mine.place}: {pinned}: the index also has {h}" for h in sorted(lacking)]
-        if not problems:  # a comment, or the order
-            pairs = zip(*((where / name).read_text().splitlines() for where in (folder, fresh)), strict=False)
+        if not problems:  # a comment, the order, the ends of the lines
+            pairs = zip(*((where / name).read_bytes().splitlines(True) for where in (folder, fresh)), strict=False)  # noqa: FBT003
             differing = (n for n, (mine, right) in enumerate(pairs, start=1) if mine != right)
             problems = [f"{name}:{next(differing, 'end')}: not as pip-compile writes it"]
         yield from problems
@@ -286,19 +324,21 @@ def diff(folder: pathlib.Path, fresh: pathlib.Path) -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     """Run one command, print what is wrong; return the exit code."""
-    here = pathlib.Path()
+    here, remedy = pathlib.Path(), ""
     match arguments:
         case ["check"]:
-            problems, remedy = check(here), ""
-        case ["pin", into, *options]:
-            problems, remedy = pin(here, pathlib.Path(into), options), ""
-        case ["diff", fresh]:
+            problems = check(here)
+        case ["ready"]:
+            problems = ready(here)
+        case ["pin", into] if into:
+            problems = pin(here, pathlib.Path(into), os.environ.get("PIP_COMPILE_OPTIONS", "").split())
+        case ["diff", fresh] if fresh:
             problems = list(diff(here, pathlib.Path(fresh)))
             remedy = "the locks are not what the .in files and the index come to; if that is no surprise: make lock"
         case _:
-            problems, remedy = ["takes: check | pin FOLDER [OPTION...] | diff FOLDER"], ""
+            problems = ["takes: check | ready | pin FOLDER | diff FOLDER"]
     for problem in [*problems, remedy] if problems and remedy else problems:
-        print(f"lock: {problem}", file=sys.stderr)
+        print("lock: " + re.sub(r"//[^/\s]*@", "//****@", problem), file=sys.stderr)  # CI's logs are read by many
     return 1 if problems else 0
 
 

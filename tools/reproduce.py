@@ -2,13 +2,14 @@
 
     python tools/reproduce.py [--published NAME:TAG] TARGET...
 
-Two clones, of which one has the permissions of a private umask and the other files of long ago; no cache; the time of
-the commit for that of the build (https://reproducible-builds.org/specs/source-date-epoch/). Equal digests of the
-manifests are equal images to the last byte. If they differ, it says which files do, and the exit code is 1.
+Two clones, of which one has the permissions of a private umask and in the other all is of 2001; no cache; the commit's
+time for the build's (https://reproducible-builds.org/specs/source-date-epoch/). Equal digests of the manifests are
+equal images to the last byte. If they differ, it says which files do, and the exit code is 1.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -57,14 +58,15 @@ class Archive:
 
 def clone(folder: pathlib.Path, umask: int) -> None:
     """Clone the repository of the current folder, as someone would who has that umask."""
-    command = ["git", "clone", "--quiet", "--no-hardlinks", ".", folder]
-    subprocess.run(command, check=True, umask=umask)
+    command = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--no-hardlinks", ".", folder]
+    if subprocess.run(command, umask=umask).returncode:
+        sys.exit("reproduce: the repository cannot be cloned")
 
 
 def build(folder: pathlib.Path, target: str, archive: pathlib.Path) -> Archive:
     """Build a target without cache, as `make image` does; end with what the build says if it fails."""
-    command = ["make", "archive", f"TARGET={target}", f"ARCHIVE={archive}"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    command = ["make", "archive", "FOLDER=1", f"TARGET={target}", f"ARCHIVE={archive}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}reproduce: {target} cannot be built")
     return Archive(archive)
@@ -73,8 +75,11 @@ def build(folder: pathlib.Path, target: str, archive: pathlib.Path) -> Archive:
 def differences(one: Archive, other: Archive) -> Iterator[str]:
     """Yield a line for each file, and for each setting of the image, that is not the same in both."""
     steps = [step.get("created_by", "") for step in one.config["history"] if not step.get("empty_layer")]
-    layers = zip(steps, one.manifest["layers"], other.manifest["layers"], strict=False)
+    layers = itertools.zip_longest(steps, one.manifest["layers"], other.manifest["layers"])
     for number, (step, layer, its) in enumerate(layers, start=1):
+        if not layer or not its:
+            yield f"layer {number} ({(step or '')[:60]}): only one of them has it"
+            continue
         if layer["digest"] == its["digest"]:
             continue
         files, others = one.files(layer), other.files(its)
@@ -84,26 +89,26 @@ def differences(one: Archive, other: Archive) -> Iterator[str]:
             mine, theirs = files.get(name, {"type": "not there"}), others.get(name, {"type": "not there"})
             fields = [field for field in mine.keys() | theirs.keys() if mine.get(field) != theirs.get(field)]
             yield f"  {name}: " + ", ".join(f"{f} {mine.get(f)} or {theirs.get(f)}" for f in sorted(fields))
-    for field in sorted(one.config["config"].keys() | other.config["config"].keys()):
-        mine, theirs = one.config["config"].get(field), other.config["config"].get(field)
-        if mine != theirs:
-            yield f"setting {field}: {mine} or {theirs}"
+    settings, others = ({**image.config, **image.config["config"]} for image in (one, other))
+    for field in sorted((settings.keys() | others.keys()) - {"config", "rootfs"}):
+        if settings.get(field) != others.get(field):
+            yield f"{field}: {settings.get(field)} or {others.get(field)}"
 
 
-def published(name: str, entry: dict) -> str:
-    """Return the digest of the manifest that a registry has of an image, for the platform of another one's entry."""
-    done = subprocess.run(
-        ["docker", "buildx", "imagetools", "inspect", "--raw", name], capture_output=True, check=False
-    )
+def published(name: str) -> bytes:
+    """Return what a registry has of an image: its manifest, or an index of them."""
+    done = subprocess.run(["docker", "buildx", "imagetools", "inspect", "--raw", name], capture_output=True)
     if done.returncode:
         sys.exit(f"reproduce: {name} cannot be read: {done.stderr.decode().strip()}")
-    found = json.loads(done.stdout)
-    for manifest in found.get("manifests", []):
-        if manifest.get("platform") == entry["platform"]:
-            return manifest["digest"]
-    if "manifests" in found:
-        sys.exit(f"reproduce: {name} has no image for {entry['platform']}")
-    return f"sha256:{hashlib.sha256(done.stdout).hexdigest()}"
+    return done.stdout
+
+
+def digest_for(platform: dict, raw: bytes) -> str | None:
+    """Return the digest of a platform's manifest."""
+    found = json.loads(raw)
+    if "manifests" not in found:
+        return f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    return next((entry["digest"] for entry in found["manifests"] if entry.get("platform") == platform), None)
 
 
 def main() -> int:
@@ -112,11 +117,10 @@ def main() -> int:
     parser.add_argument("--published", metavar="NAME:TAG", help="compare the last target with this image too")
     parser.add_argument("targets", nargs="+", metavar="TARGET")
     arguments = parser.parse_args()
-    # What this make was called with is not for those in the clones.
-    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
-        os.environ.pop(name, None)
-    if subprocess.run(["git", "diff", "--quiet", "HEAD"], check=False).returncode:
-        print("reproduce: what is built is the commit; it does not have your changes", file=sys.stderr)
+    # What this make and this repository have set is not for those in the clones.
+    for name in [name for name in os.environ if name.startswith(("MAKE", "MFLAGS", "GIT_"))]:
+        del os.environ[name]
+    raw = published(arguments.published) if arguments.published else None
     code = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -133,11 +137,11 @@ def main() -> int:
                 print(
                     f"{target:<8} {one.digest} is not {other.digest}:", *differences(one, other), sep="\n  ", flush=True
                 )
-        if arguments.published:
-            digest = published(arguments.published, one.entry)
+        if raw:
+            digest = digest_for(one.entry["platform"], raw)
             print(f"{arguments.published} {digest}: {'the same' if digest == one.digest else 'ANOTHER IMAGE'}")
-            code = code or digest != one.digest
-    return int(code)
+            code = code or int(digest != one.digest)
+    return code
 
 
 if __name__ == "__main__":
