@@ -16,6 +16,7 @@ export PYTHON_IMAGE
 SELF := $(MAKE) --silent
 
 # Conditions, as the shell's `if` takes them.
+RECENT := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 ENGINE := docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1
 BASE := { docker image inspect "$(PYTHON_IMAGE)" >/dev/null 2>&1 || docker pull "$(PYTHON_IMAGE)" 2>/dev/null; }
 UNPINNED := case "$(PYTHON_IMAGE)" in *@sha256:*) ;; \
@@ -93,7 +94,7 @@ bench: ## measure the image and the service beside the alternatives; takes Docke
 # How a recipe begins that takes fresh locks, in $$fresh: made by the image's own Python where an engine answers. Of what
 # a build says, only the line that tells why not. First what can be said without pip-tools, which one of the locks has.
 export PIP_COMPILE_OPTIONS :=
-FRESH = ! command -v $(PYTHON) >/dev/null || $(PYTHON) tools/lock.py ready || exit; \
+FRESH = ! $(RECENT) 2>/dev/null || $(PYTHON) tools/lock.py ready || exit; \
 	fresh=$$(mktemp -d .lock.XXXXXX) || exit; trap 'rm -rf "$$fresh"' EXIT; trap 'exit 1' HUP INT TERM; \
 	without=; if ! { $(ENGINE); }; then without="$(NO_ENGINE)"; elif ! $(BASE); then without="$(NO_BASE)"; fi; \
 	if [ -n "$$without" ]; then echo "$$without: locking with $(PYTHON) instead."; \
@@ -156,8 +157,7 @@ archive:
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary=:all:
 
 python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	    || { echo "$(PYTHON) is not Python 3.11 or later; name one that is: make PYTHON=python3.14" >&2; exit 1; }
+	@$(RECENT) || { echo "$(PYTHON) is not Python 3.11 or later; name one that is: make PYTHON=python3.14" >&2; exit 1; }
 
 requirements.txt requirements-dev.txt:
 	@echo "lock: $@ is missing; \`git checkout $@\` restores it" >&2; exit 1

@@ -123,12 +123,18 @@ def test_a_second_base_is_said(copy: Project) -> None:
     assert lock(copy.folder, "check").stderr == message
 
 
-@pytest.mark.parametrize("begin", [b"\xef\xbb\xbf", b"# -*- coding: utf-7 -*-\n", "# ü\n".encode()])
+@pytest.mark.parametrize("begin", [b"\xef\xbb\xbf", b"# -*- coding: utf-7 -*-\n", b"# \xfc\n"])
 def test_a_file_that_reads_otherwise_is_said(copy: Project, begin: bytes) -> None:
     """What pip would read in another way than it is checked (a byte order mark, an encoding) is refused."""
     path = copy.folder / "requirements.in"
     path.write_bytes(begin + path.read_bytes())
-    assert lock(copy.folder, "check").stderr.startswith("lock: requirements.in: takes plain ASCII, ")
+    assert lock(copy.folder, "check").stderr.startswith("lock: requirements.in: takes UTF-8, ")
+
+
+def test_a_comment_may_be_in_any_language(copy: Project) -> None:
+    """What is not ASCII is no reason to refuse a file."""
+    edit(copy.folder / "requirements.in", r"\A", "# für später\n")
+    assert lock(copy.folder, "check").stderr == ""
 
 
 def test_a_password_is_not_printed(copy: Project) -> None:

@@ -69,14 +69,14 @@ def logical_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def unreadable(path: pathlib.Path) -> Iterator[str]:
-    """Tell what keeps pip-compile from reading a file: it is not there, no text, or has a merge's conflict in it."""
+    """Tell what keeps a file from being read, or from being read as here: not there, another encoding, a conflict."""
     if not path.is_file():
         yield f"{path.name} is missing; `git checkout {path.name}` restores it"
         return
-    text = path.read_bytes()
-    if text.startswith(b"\xef\xbb\xbf") or re.search(rb"#.*coding[:=]", text) or not text.isascii():
-        yield f"{path.name}: takes plain ASCII, without a byte order mark and without a coding line"
-    for number, line in enumerate(text.decode(errors="replace").splitlines(), start=1):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if text.startswith("\ufeff") or "\ufffd" in text or re.search("#.*coding[:=]", text):
+        yield f"{path.name}: takes UTF-8, without a byte order mark and without a coding line"
+    for number, line in enumerate(text.splitlines(), start=1):
         if CONFLICT.match(line):
             yield (
                 f"{path.name}:{number}: {line!r}: a conflict of a merge; take one side whole "
