@@ -251,11 +251,16 @@ def test_a_syntax_error_stops_the_build(project: Project) -> None:
 
 
 def test_a_private_clone_builds_a_readable_image(project: Project, container: Callable) -> None:
-    """A clone made under umask 077 gives an image that its user can read."""
+    """A clone made under umask 077 gives an image that its user can read, and no mode of a file gets into it."""
     for path in project.folder.rglob("*"):
         path.chmod(path.stat().st_mode & 0o700)
+    (project.folder / "app.py").chmod(0o777)
     project.build()
-    until_health(container(project.environ["COMPOSE_PROJECT_NAME"]), "healthy")
+    name = container(project.environ["COMPOSE_PROJECT_NAME"])
+    until_health(name, "healthy")
+    assert (
+        run("docker", "exec", name, "stat", "-c", "%a", "app.py", "serve/log.py", "serve").stdout == "644\n644\n755\n"
+    )
 
 
 def test_the_context_is_what_the_dockerfile_names(project: Project, tmp_path: pathlib.Path) -> None:

@@ -387,12 +387,16 @@ def test_lock_says_why_not(project: Project) -> None:
 
 
 def test_upgrade_one_package(project: Project) -> None:
-    """`make upgrade PACKAGE=NAME` moves that package alone, in whichever lock it stands."""
+    """`make upgrade PACKAGE=NAME` moves that package alone, in each lock; what was installed before is then old."""
     path = project.folder / "requirements.txt"
     project.run("make", "upgrade", "PACKAGE=click==8.2.0 jinja2==3.1.5")
     older = path.read_text()
     assert "click==8.2.0" in older
+    installed = project.folder / ".venv" / "runtime"
+    installed.parent.mkdir()
+    installed.touch()
     project.run("make", "upgrade", "PACKAGE=click")
+    assert path.stat().st_mtime_ns > installed.stat().st_mtime_ns
     text = path.read_text()
     pins = [set(re.findall(r"^\S+==\S+", lock, re.MULTILINE)) for lock in (older, text)]
     assert pins[0] - pins[1] == {"click==8.2.0"}
@@ -437,6 +441,17 @@ def test_a_wheel_too_many_stops_the_build(project: Project) -> None:
     done = project.build("--target=builder", check=False)
     assert done.returncode != 0
     assert "/wheels/extra-1.0-py3-none-any.whl is not in requirements.txt" in done.stderr
+
+
+def test_no_place_for_fresh_locks(copy: Project, tmp_path: pathlib.Path) -> None:
+    """Where no folder can be made for fresh locks, `make lock` ends there."""
+    (tmp_path / "mktemp").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "mktemp").chmod(0o755)
+    before = {path.name: path.read_bytes() for path in copy.folder.iterdir() if path.is_file()}
+    done = copy.run("make", "lock", check=False, environ={"PATH": f"{tmp_path}:{copy.environ['PATH']}"})
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert {path.name: path.read_bytes() for path in copy.folder.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
