@@ -80,7 +80,8 @@ reproduce: python ## build every target twice without cache, compare digests; PU
 
 sbom: .venv/dev ## list what is in the image, as SPDX and as CycloneDX
 	@new=$$(mktemp -d .sbom.XXXXXX) || exit; trap 'rm -rf "$$new"' EXIT; trap 'exit 1' HUP INT TERM; \
-	$(SELF) archive TARGET=runtime ARCHIVE="$$new/image.tar" && SYFT_CHECK_FOR_APP_UPDATE=false .venv/bin/syft scan --quiet "oci-archive:$$new/image.tar" \
+	$(SELF) archive TARGET=runtime ARCHIVE="$$new/image.tar" \
+	    && SYFT_CHECK_FOR_APP_UPDATE=false .venv/bin/syft scan --quiet "oci-archive:$$new/image.tar" \
 	        --source-name flask-helloworld --source-version '$(VERSION)' \
 	        --output "spdx-json=$$new/sbom.spdx.json" --output "cyclonedx-json=$$new/sbom.cdx.json" \
 	    && mv "$$new"/sbom.*.json . && ls sbom.*.json

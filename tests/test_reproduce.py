@@ -239,7 +239,13 @@ def test_the_newest_base(repository: Project, base: str, published_base: str) ->
     assert names(published_base) == list(named)
     assert repository.run(sys.executable, "tools/lock.py", "check").stderr == ""
     assert repository.run("make", "newest-base").stdout == f"The base is its tag's newest: {published_base}\n"
-    replace(published_base, f"registry.invalid/python:1@{digest}")
+    run("docker", "tag", published_base.partition("@")[0], f"{name}-next")
+    run("docker", "push", "--quiet", f"{name}-next")
+    run("docker", "image", "rm", f"{name}-next")
+    edit(repository.folder / named[-1], "^FROM .*", f"FROM {name}-next@sha256:{64 * '1'}")  # as Dependabot does
+    assert repository.run("make", "newest-base").stdout == f"The base is now {name}-next@{digest}\n"
+    assert names(f"{name}-next@{digest}") == list(named)
+    replace(f"{name}-next@{digest}", f"registry.invalid/python:1@{digest}")
     done = repository.run("make", "upgrade", environ={"PYTHON_IMAGE": base})
     assert "No registry answers for registry.invalid/python:1, so the base stays: " in done.stdout
     assert names(f"registry.invalid/python:1@{digest}") == list(named)

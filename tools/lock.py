@@ -184,12 +184,10 @@ def wrong_base(folder: pathlib.Path, dockerfile: list[str]) -> Iterator[str]:
 
 def check(folder: pathlib.Path) -> list[str]:
     """Return what is wrong with the locks and the base, as far as the files of a folder tell."""
-    problems = [problem for name in (*SOURCES, *LOCKS) for problem in unreadable(folder / name)]
+    problems = [] if (folder / RUNTIME).is_file() else list(unreadable(folder / RUNTIME))
+    problems += ready(folder)
     if not problems:
-        for name in SOURCES:
-            problems += wrong_in_source(folder / name)
-        (runtime, wrong), (dev, wrong_too) = (read_lock(folder / name) for name in LOCKS)
-        problems += [*wrong, *wrong_too, *contradictions(runtime, dev)]
+        problems += contradictions(*(read_lock(folder / name)[0] for name in LOCKS))
     dockerfile = (folder / "Dockerfile").read_text().splitlines()
     return [*problems, *unlocked(dockerfile), *wrong_base(folder, dockerfile)]
 
@@ -243,8 +241,9 @@ def yanked(output: str, source: pathlib.Path) -> str | None:
     found = re.search(r"yanked version: '(\S+)' candidate \(version (\S+) .*\n.*being yanked: (.*)", output)
     if not found:
         return None
-    return f"{place_of(found[1], source)}: {found[1]}=={found[2]} is yanked ({found[3].strip()}); \
-ask for another, or: make upgrade PACKAGE={found[1]}"
+    name, version, reason = found.groups()
+    remedy = f"ask for another, or: make upgrade PACKAGE={name}"
+    return f"{place_of(name, source)}: {name}=={version} is yanked ({reason.strip()}); {remedy}"
 
 
 def explain(output: str, source: pathlib.Path) -> str:
@@ -278,7 +277,7 @@ def explain(output: str, source: pathlib.Path) -> str:
 
 
 def place_of(requirement: str, source: pathlib.Path) -> str:
-    """Return the line of a file that asks for a package; only the file's name if none does, but a package does."""
+    """Return the line of a source that asks for a package; the source alone if another package asks for it."""
     for number, line in logical_lines(source):
         if normal(re.match(r"[\w.-]*", line)[0]) == normal(re.match(r"[\w.-]*", requirement)[0]):
             return f"{source.name}:{number}"
@@ -288,10 +287,10 @@ def place_of(requirement: str, source: pathlib.Path) -> str:
 def place_of_hash(digest: str, source: pathlib.Path) -> str:
     """Return the line of the lock, beside a source, that has a hash."""
     for name in LOCKS:
-        lines = (source.parent / name).read_text().splitlines() if (source.parent / name).is_file() else []
-        for number, line in enumerate(lines, start=1):
-            if digest in line:
-                return f"{name}:{number}"
+        pins = read_lock(source.parent / name)[0] if (source.parent / name).is_file() else {}
+        for pin in pins.values():
+            if place := pin.hashes.get(f"sha256:{digest}"):
+                return place
     return source.name
 
 
