@@ -1,6 +1,16 @@
 # Wheels come from the lock in `builder`, become a virtual environment there, and move into the slim `runtime`.
 # Each step stands before whatever changes more often: base, dependencies, code.
 ARG PYTHON_IMAGE=python:3.14.7-slim-trixie@sha256:ce40764625a4ff50df3548277632e7f96c4e77fe75fa848aae9885476e7df5a4
+# The labels of the images: who you are, and the version, which has no other place; and the base, taken apart.
+ARG TITLE=flask-helloworld
+ARG DESCRIPTION="A greeting service in Flask, served by waitress"
+ARG VERSION=0.1.0
+ARG LICENSES=MIT
+ARG SOURCE=https://example.org/flask-helloworld
+ARG BASE=${PYTHON_IMAGE%@*}
+ARG BASE_DIGEST=${PYTHON_IMAGE#${BASE}}
+ARG BASE_NAME=${BASE##*/}
+ARG BASE_FOLDER=${BASE%${BASE_NAME}}
 
 # ---- builder: /opt/venv, made from wheels that the lock names by hash -------------------------------------------------
 FROM ${PYTHON_IMAGE} AS builder
@@ -34,7 +44,7 @@ RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
 # unchecked, because nobody edits what is installed in an image.
 FROM scratch AS bytecode
 COPY <<'PYTHON' /stdlib.py
-"""stdlib.py FOLDER: compile the modules of the standard library that the sources in FOLDER import, and theirs."""
+"""stdlib.py FOLDER: compile what modules of the standard library the sources in FOLDER import, and theirs."""
 
 import ast
 import contextlib
@@ -44,10 +54,21 @@ import py_compile
 import sys
 from importlib.machinery import FrozenImporter, PathFinder
 
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def statements(node):
+    """Yield what runs when a module is imported, as much of it as is there: not what is in functions."""
+    for inner in ast.iter_child_nodes(node):
+        if not isinstance(inner, FUNCTION):
+            yield inner
+            yield from statements(inner)
+
+
 names = {"encodings.idna"}  # what getaddrinfo() imports without an import statement
 for source in pathlib.Path(sys.argv[1]).rglob("*.py"):
     with contextlib.suppress(SyntaxError, ValueError):  # a template in a package, say: it cannot be imported either
-        for node in ast.walk(ast.parse(source.read_bytes())):
+        for node in statements(ast.parse(source.read_bytes())):
             if isinstance(node, ast.Import):
                 names.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -80,8 +101,8 @@ ARG SOURCE_DATE_EPOCH
 RUN find /code -type d -exec chmod 0755 {} + -o -type f -exec chmod 0644 {} + \
     && if [ -n "${SOURCE_DATE_EPOCH}" ]; then find /code -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +; fi
 
-# ---- service: what every image that runs has in common ----------------------------------------------------------------
-FROM ${PYTHON_IMAGE} AS service
+# ---- environment: what an edit of the code leaves as it is --------------------------------------------------------------
+FROM ${PYTHON_IMAGE} AS environment
 # Unbuffered, or what an application prints would show in `docker logs` late, and after a crash never.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
@@ -93,14 +114,17 @@ RUN --mount=type=bind,from=bytecode,target=/bytecode \
     python -B -m compileall -qq --invalidation-mode=unchecked-hash /opt/venv; \
     python -IB /bytecode/stdlib.py /opt/venv
 
-# From here on the code: editing it repeats the steps below, not those above. All of it belongs to root and cannot be
-# written by the user that runs it.
+# ---- application: the code, whose edit repeats the steps from here on ---------------------------------------------------
+FROM environment AS application
+# All of it belongs to root and cannot be written by the user that runs it.
 COPY --from=code /code/app ./
 # Checked, so that a file mounted over the image's own takes effect.
 RUN --mount=type=bind,from=bytecode,target=/bytecode \
     python -B -m compileall -q --invalidation-mode=checked-hash . \
     && python -IB /bytecode/stdlib.py .
 
+# ---- service: how it runs ---------------------------------------------------------------------------------------------
+FROM application AS service
 # By number, so that Kubernetes' runAsNonRoot can tell; with no name in /etc/passwd, because nothing here needs one.
 USER 65532:65532
 EXPOSE 5000
@@ -138,19 +162,47 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM scratch AS lock
 COPY --from=pins /fresh /
 
+# ---- minimal: `docker build --target minimal .`: no shell, no pip, no package manager ------------------------------------
+# Where in its line a statement is (PEP 657) takes a fourth of the bytecode; a traceback has the lines without it.
+FROM environment AS compact
+RUN python -X no_debug_ranges -B -m compileall -f -qq --invalidation-mode=unchecked-hash /opt/venv || :
+
+FROM application AS root
+RUN --mount=type=bind,source=tools/minimal.py,target=/minimal.py \
+    python -X no_debug_ranges -IB /minimal.py /minimal /opt/venv /app
+
+# Three layers, of which an edit of the code changes one. What follows is repeated from `environment`, `service` and
+# `runtime`, because it cannot be inherited without their files; a test compares it.
+FROM scratch AS minimal
+COPY --from=root /minimal /
+COPY --from=compact /opt/venv /opt/venv
+COPY --from=application /app /app
+ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PYTHONUNBUFFERED=1
+WORKDIR /app
+USER 65532:65532
+EXPOSE 5000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --retries=3 --start-period=10s --start-interval=0.2s \
+    CMD ["python", "-IS", "/app/healthcheck.py"]
+CMD ["python", "-m", "serve"]
+ARG TITLE DESCRIPTION VERSION LICENSES SOURCE BASE_NAME BASE_FOLDER BASE_DIGEST
+LABEL org.opencontainers.image.title="${TITLE}" \
+      org.opencontainers.image.description="${DESCRIPTION}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.licenses="${LICENSES}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${BASE_FOLDER:-docker.io/library/}${BASE_NAME}" \
+      org.opencontainers.image.base.digest="${BASE_DIGEST#@}"
+
 # ---- runtime: what `docker build .` gives -----------------------------------------------------------------------------
 FROM service AS runtime
-# name:tag@digest, taken apart; a name without a folder is one of Docker Hub's own.
-ARG PYTHON_IMAGE
-ARG BASE=${PYTHON_IMAGE%@*}
-ARG BASE_DIGEST=${PYTHON_IMAGE#${BASE}}
-ARG BASE_NAME=${BASE##*/}
-ARG BASE_FOLDER=${BASE%${BASE_NAME}}
-# Title to source are yours to change; the version has no other place. `make image` adds revision and created.
-LABEL org.opencontainers.image.title="flask-helloworld" \
-      org.opencontainers.image.description="A greeting service in Flask, served by waitress" \
-      org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.licenses="MIT" \
-      org.opencontainers.image.source="https://example.org/flask-helloworld" \
+ARG TITLE DESCRIPTION VERSION LICENSES SOURCE BASE_NAME BASE_FOLDER BASE_DIGEST
+# A name without a folder is one of Docker Hub's own. `make image` adds revision and created.
+LABEL org.opencontainers.image.title="${TITLE}" \
+      org.opencontainers.image.description="${DESCRIPTION}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.licenses="${LICENSES}" \
+      org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.base.name="${BASE_FOLDER:-docker.io/library/}${BASE_NAME}" \
       org.opencontainers.image.base.digest="${BASE_DIGEST#@}"

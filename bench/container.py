@@ -16,6 +16,7 @@ import shutil
 import socket
 import statistics
 import subprocess
+import tarfile
 import tempfile
 import time
 import urllib.request
@@ -50,6 +51,37 @@ def compressed(image: str) -> int:
         if save.returncode:
             raise subprocess.CalledProcessError(save.returncode, save.args)
         return target.tell()
+
+
+def unpacked(image: str) -> int:
+    """Return the size of the files in an image in bytes."""
+    container = run("docker", "create", image).strip()
+    with (
+        subprocess.Popen(["docker", "export", container], stdout=subprocess.PIPE) as export,
+        tarfile.open(fileobj=export.stdout, mode="r|") as files,
+    ):
+        size = sum(file.size for file in files)
+    run("docker", "rm", container)
+    return size
+
+
+def memory(image: str, requests: int = 200) -> int:
+    """Return the most that the server has had in memory after so many requests, in KiB."""
+    port = free_port()
+    run("docker", "run", "--detach", "--name", NAME, "--publish", f"127.0.0.1:{port}:5000", image)
+    for _ in range(requests):
+        deadline = time.perf_counter() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/Joe", timeout=10):
+                    break
+            except OSError:
+                if time.perf_counter() > deadline:
+                    raise
+                time.sleep(0.01)
+    status = run("docker", "exec", NAME, "python", "-c", "print(open('/proc/1/status').read())")
+    run("docker", "rm", "--force", NAME)
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 def free_port() -> int:
@@ -97,6 +129,7 @@ def main() -> None:
         finally:
             run("docker", "rm", "--force", NAME)
             run("docker", "compose", "down", "--rmi", "all", cwd=folder)
+            run("docker", "image", "rm", "--force", f"{NAME}:minimal")
     print(f"Medians of {runs} (smallest to largest)\n\n| figure | |\n|---|---|")
     for figure, value in table:
         print(f"| {figure} | {value} |")
@@ -104,9 +137,10 @@ def main() -> None:
 
 def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]:
     """Return the rows of the table, measured with the copy of the project in `folder`."""
+    minimal = f"{NAME}:minimal"
 
-    def build() -> None:
-        run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", NAME, ".", cwd=folder)
+    def build(target: str = "runtime", name: str = NAME) -> None:
+        run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--target", target, "--tag", name, ".", cwd=folder)
 
     def edit() -> None:
         with (folder / "app.py").open("a") as code:
@@ -116,10 +150,14 @@ def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]
         run("docker", "run", "--rm", "--entrypoint", "python", NAME, "-IS", "-c", "pass")
 
     build()
+    build("minimal", minimal)
     added = compressed(NAME) - compressed(base)
 
     bare()
     starts = [(first_answer(NAME), seconds(bare)) for _ in range(runs)]
+
+    answers = [[first_answer(image) for image in (minimal, NAME)] for _ in range(runs)]
+    memories = [[memory(image) for image in (minimal, NAME)] for _ in range(runs)]
 
     ups, stops = [], []
     for _ in range(runs):
@@ -142,6 +180,10 @@ def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]
         ("`docker compose up --wait`, image built", spread(ups)),
         ("`docker stop`, idle", spread(stops)),
         ("`docker build` after an edit of app.py, over one without", spread(rebuilds)),
+        ("`minimal`: `docker save \\| gzip`", f"{compressed(minimal) / 1e6:.2f} MB"),
+        ("`minimal`: files", f"{unpacked(minimal) / 1e6:.2f} MB, of {unpacked(NAME) / 1e6:.2f}"),
+        ("`minimal`: first 200, by that of `runtime`", spread([mine / other for mine, other in answers], "x")),
+        ("`minimal`: memory, by that of `runtime`", spread([mine / other for mine, other in memories], "x")),
     ]
 
 

@@ -43,11 +43,17 @@ def base(engine: None) -> str:
     return name
 
 
+@pytest.fixture(scope="session", params=["runtime", "minimal"])
+def target(request: pytest.FixtureRequest) -> str:
+    """A target of the Dockerfile that runs the service: a test that asks for it runs with either."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def image(base: str) -> Iterator[str]:
-    """The image that `docker build .` gives."""
+def image(base: str, target: str) -> Iterator[str]:
+    """The image that `docker build --target TARGET .` gives."""
     name = f"flask-helloworld-test:{uuid.uuid4().hex[:12]}"
-    run("docker", "build", "--build-arg", f"PYTHON_IMAGE={base}", "--tag", name, ROOT)
+    run("docker", "build", "--build-arg", f"PYTHON_IMAGE={base}", "--target", target, "--tag", name, ROOT)
     yield name
     run("docker", "image", "rm", "--force", name)
 

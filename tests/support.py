@@ -228,6 +228,7 @@ class Project:
             "COMPOSE_PROJECT_NAME": name,
             "BIND": "127.0.0.1",
             "PORT": "0",  # the engine takes a free one
+            "TARGET": "runtime",
         }
         # As a user's shell has it: this run's own virtual environment and make must not reach into the copy's.
         for variable in ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "REQUIRE_DOCKER"):
@@ -238,10 +239,11 @@ class Project:
         environ = self.environ | options.pop("environ", {})
         return run(*command, cwd=self.folder, env=environ, **options)
 
-    def build(self, *options: object, check: bool = True) -> subprocess.CompletedProcess:
+    def build(self, *options: object, check: bool = True, **others: object) -> subprocess.CompletedProcess:
         """Build this copy's image with docker, under the name that compose gives it here."""
         name = self.environ["COMPOSE_PROJECT_NAME"]
-        return self.run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", name, *options, ".", check=check)
+        command = ["docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", name, *options, "."]
+        return self.run(*command, check=check, **others)
 
     def compose(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
         """Run a docker compose command in this copy."""

@@ -8,6 +8,15 @@ import pytest
 
 from tests.support import Project, get, many_files, run
 
+TESTS = ["python", "-m", "pytest"]
+
+
+@pytest.fixture
+def project(project: Project, target: str) -> Project:
+    """A copy of the project that runs either target, as TARGET names it."""
+    project.environ["TARGET"] = target
+    return project
+
 
 def test_up_serves_and_down_removes(project: Project) -> None:
     """`up --wait` waits until it is healthy, on 127.0.0.1 alone; `stop` kills nothing, `down` leaves nothing."""
@@ -42,7 +51,7 @@ def test_what_the_container_may_not_do(project: Project) -> None:
     assert facts["Config"]["Healthcheck"] == image["Config"]["Healthcheck"]
     assert image["Config"]["Healthcheck"]["Test"] == ["CMD", "python", "-IS", "/app/healthcheck.py"]
     assert image["Config"]["StopSignal"] == "SIGTERM"
-    process = project.compose("exec", "web", "cat", "/proc/1/status").stdout
+    process = project.compose("exec", "web", "python", "-c", "print(open('/proc/1/status').read())").stdout
     assert "CapEff:\t0000000000000000" in process
     assert "NoNewPrivs:\t1" in process
 
@@ -60,24 +69,30 @@ def test_published_where_asked(project: Project) -> None:
 
 def test_defaults(copy: Project, engine: None) -> None:
     """With nothing set, it is 127.0.0.1:5000 and the Dockerfile's own base image."""
-    for variable in ("BIND", "PORT", "PYTHON_IMAGE", "COMPOSE_FILE"):
+    for variable in ("BIND", "PORT", "PYTHON_IMAGE", "COMPOSE_FILE", "TARGET"):
         copy.environ.pop(variable, None)
     web = json.loads(copy.compose("config", "--format", "json").stdout)["services"]["web"]
     assert web["image"] == "flask-helloworld"
     assert (web["ports"][0]["host_ip"], web["ports"][0]["published"]) == ("127.0.0.1", "5000")
     assert not web["build"].get("args")
+    assert web["build"]["target"] == "runtime"
 
 
-@pytest.mark.parametrize("command", [["python", "-c", "print('here')"], ["sh", "-c", "echo here"]])
-def test_run(project: Project, command: list[str]) -> None:
+def test_run(project: Project) -> None:
     """`docker compose run` runs another command in the same image."""
     project.compose("build")
-    assert project.compose("run", "--rm", "--no-TTY", "web", *command).stdout == "here\n"
+    assert project.compose("run", "--rm", "--no-TTY", "web", "python", "-c", "print('here')").stdout == "here\n"
 
 
-def test_the_tests_pass_inside_of_the_image(project: Project) -> None:
-    """The profile `test` runs, in the image's own Python, every test that needs no engine."""
-    done = project.compose("run", "--build", "--rm", "--no-TTY", "test")
+def test_the_tests_pass_inside_of_the_image(project: Project, target: str) -> None:
+    """The profile `test` runs, in the image's own Python, every test that needs no engine; so does `minimal`."""
+    if target == "minimal":
+        project.compose("build", "web", "test")
+        web, test = (project.environ["COMPOSE_PROJECT_NAME"] + suffix for suffix in ("", "-tests"))
+        copies = "".join(f"COPY --from={test} {folder} {folder}\n" for folder in ("/opt/venv", "/app"))
+        (project.folder / "both.Dockerfile").write_text(f"FROM {web}\n{copies}CMD {json.dumps(TESTS)}\n")
+        project.run("docker", "build", "--file", "both.Dockerfile", "--tag", test, ".")
+    done = project.compose("run", *([] if target == "minimal" else ["--build"]), "--rm", "--no-TTY", "test")
     assert " passed" in done.stdout
     assert " failed" not in done.stdout
 

@@ -34,10 +34,11 @@ def python(image: str, code: str, *options: str) -> str:
     return run(*command).stdout.strip()
 
 
-def test_properties(image: str) -> None:
-    """User, command, labels, and the files that are there and are not: as tests/image.yaml has them."""
+def test_properties(image: str, target: str) -> None:
+    """User, command, labels, the files that are there and are not: as image.yaml and minimal.yaml have them."""
     tool = pathlib.Path(sys.executable).parent / "container-structure-test"
-    run(tool, "test", "--image", image, "--config", ROOT / "tests" / "image.yaml")
+    files = ["image.yaml", *(["minimal.yaml"] if target == "minimal" else [])]
+    run(tool, "test", "--image", image, *(f"--config={ROOT / 'tests' / file}" for file in files))
 
 
 def test_the_environment_is_the_lock(image: str) -> None:
@@ -81,12 +82,11 @@ def test_ends_on_sigint(image: str, container: Callable) -> None:
     assert run("docker", "wait", name).stdout.strip() == "0"
 
 
-def test_stops_while_it_starts(image: str, container: Callable) -> None:
+def test_stops_while_it_starts(image: str, container: Callable, tmp_path: pathlib.Path) -> None:
     """A stop that comes while the server still imports is heeded, not left to SIGKILL."""
-    slow = "import sys, time; print('importing', flush=True); time.sleep(600)"
-    name = container(
-        image, "sh", "-c", f'echo "{slow}" >/tmp/slow.py; PYTHONPATH=/tmp APP=slow:app exec python -m serve'
-    )
+    (tmp_path / "slow.py").write_text("import time; print('importing', flush=True); time.sleep(600)")
+    (tmp_path / "slow.py").chmod(0o644)
+    name = container("--env", "APP=slow:app", "--volume", f"{tmp_path / 'slow.py'}:/app/slow.py:ro,z", image)
     wait_until(lambda: "importing" in run("docker", "logs", name).stdout, 30, "the import to begin")
     run("docker", "stop", name)
     assert inspect(name, ".State.ExitCode") == 0
@@ -155,9 +155,11 @@ def test_bytecode_is_by_hash(image: str) -> None:
     code = """
         import importlib.util, pathlib, sys
         import flask, waitress.server, serve.server
-        for path in {*pathlib.Path("/app").rglob("*.pyc"), *pathlib.Path("/opt/venv").rglob("*.pyc"),
-                     *(pathlib.Path(m.__cached__) for m in sys.modules.values() if getattr(m, "__cached__", None))}:
-            data = path.read_bytes()
+        found = {path: path.read_bytes() for top in ("/app", "/opt/venv") for path in pathlib.Path(top).rglob("*.pyc")}
+        for module in list(sys.modules.values()):
+            if getattr(module, "__cached__", None):
+                found[pathlib.Path(module.__cached__)] = module.__loader__.get_data(module.__cached__)
+        for path, data in found.items():
             assert data[:4] == importlib.util.MAGIC_NUMBER, path
             print(path.parts[1], data[4])  # flags (PEP 552): 0 time stamp, 1 hash, 3 hash that is checked
         """
@@ -193,11 +195,11 @@ def test_unhealthy_while_the_application_hangs(image: str, container: Callable, 
     mount = f"{tmp_path / 'app.py'}:/app/app.py:ro,z"
     name = container("--health-interval", "0.5s", "--health-retries", "1", "--volume", mount, image)
     until_health(name, "healthy")
-    run("docker", "exec", name, "touch", "/tmp/hang")
+    run("docker", "exec", name, "python", "-c", "open('/tmp/hang', 'w')")
     until_health(name, "unhealthy")
     record = inspect(name, ".State.Health.Log")
     assert any((probe["ExitCode"], probe["Output"]) == (1, "unhealthy: timed out\n") for probe in record)
-    run("docker", "exec", name, "rm", "/tmp/hang")
+    run("docker", "exec", name, "python", "-c", "import os; os.remove('/tmp/hang')")
     until_health(name, "healthy")
 
 

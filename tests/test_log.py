@@ -336,13 +336,14 @@ def test_disk_full(start: Callable) -> None:
         assert running.ended() == 0
 
 
-@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_streams(start: Callable, tmp_path: pathlib.Path, streams: str) -> None:
+@pytest.mark.parametrize("streams", [[1], [2], [1, 2], [0, 1, 2]])
+def test_closed_streams(start: Callable, tmp_path: pathlib.Path, streams: list[int]) -> None:
     """With standard streams closed from the start it serves; no connection gets the log instead of its answer."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     environ = os.environ | {"WAITRESS_LISTEN": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
-    command = ["sh", "-c", f"exec {sys.executable} -m serve {streams}"]
+    code = "import os, sys; [os.close(number) for number in {}]; os.execv(sys.executable, {})"
+    command = [sys.executable, "-c", code.format(streams, [sys.executable, "-m", "serve"])]
     with subprocess.Popen(command, cwd=tmp_path, env=environ) as process:
         try:
             answers = wait_until(lambda: answers_on(port), 20, "an answer")
