@@ -165,18 +165,20 @@ COPY --from=pins /fresh /
 # ---- minimal: `docker build --target minimal .`: no shell, no pip, no package manager ------------------------------------
 # Where in its line a statement is (PEP 657) takes a fifth of the bytecode, compressed; a traceback has the lines anyway.
 FROM environment AS compact
+# As in `environment`, what does not compile is no reason to stop.
 RUN python -X no_debug_ranges -B -m compileall -f -qq --invalidation-mode=unchecked-hash /opt/venv || :
 
 FROM application AS root
 RUN --mount=type=bind,source=tools/minimal.py,target=/minimal.py \
     python -X no_debug_ranges -IB /minimal.py /minimal /opt/venv /app
 
-# Three layers, of which an edit of the code changes one. What follows is repeated from `environment`, `service` and
+# Three layers, of which an edit of the code changes one; the first too if it imports another module of the standard
+# library. --link keeps a layer the same whatever is below. What follows is repeated from `environment`, `service` and
 # `runtime`, because it cannot be inherited without their files; a test compares it.
 FROM scratch AS minimal
-COPY --from=root /minimal /
-COPY --from=compact /opt/venv /opt/venv
-COPY --from=application /app /app
+COPY --link --from=root /minimal /
+COPY --link --from=compact /opt/venv /opt/venv
+COPY --link --from=application /app /app
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONUNBUFFERED=1
 WORKDIR /app

@@ -51,6 +51,8 @@ def test_what_the_container_may_not_do(project: Project) -> None:
     assert facts["Config"]["Healthcheck"] == image["Config"]["Healthcheck"]
     assert image["Config"]["Healthcheck"]["Test"] == ["CMD", "python", "-IS", "/app/healthcheck.py"]
     assert image["Config"]["StopSignal"] == "SIGTERM"
+    shell = project.compose("exec", "web", "sh", "-c", "true", check=False).returncode == 0
+    assert shell == (project.environ["TARGET"] == "runtime")
     process = project.compose("exec", "web", "python", "-c", "print(open('/proc/1/status').read())").stdout
     assert "CapEff:\t0000000000000000" in process
     assert "NoNewPrivs:\t1" in process

@@ -113,6 +113,7 @@ def test_the_image_of_a_commit(
     (repository.folder / "serve" / "untracked.py").write_text("")
     done = repository.run("make", "archive", f"TARGET={target}", f"ARCHIVE={archive}")
     assert "What is built is the commit; it does not have your changes." in done.stderr
+    assert (b"tar+zstd" in archive.read_bytes()) == (target == "minimal")
     image = load(archive)
     assert "untracked" not in python(image, "import os; print(os.listdir('serve'))")
     labels = {key.rpartition("image.")[2]: value for key, value in inspect(image, ".Config.Labels").items()}

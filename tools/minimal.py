@@ -5,13 +5,12 @@
 The FOLDERs are copied elsewhere; here they say what has to come along. All goes by rule, not by what some run touched:
 the interpreter; the standard library but for LEFT_OUT; DATA; the shared libraries that the dynamic linker finds for
 these and for the binaries in the FOLDERs. Each module of the standard library is there once: as bytecode where the
-base has been given some, because the service imports it, else as source.
+base has some, which it has been given of what the environment and the service import, else as source.
 
 The packages that the files are from go on record in /var/lib/dpkg/status.d, with md5sums and licenses, as in distroless
 images (https://github.com/GoogleContainerTools/distroless), so that scanners find them.
 """
 
-import collections
 import fnmatch
 import functools
 import importlib.util
@@ -20,37 +19,36 @@ import pathlib
 import py_compile
 import re
 import shutil
-import ssl
 import subprocess
 import sys
 import sysconfig
-import time
-import zipfile
 from collections.abc import Iterable
 
+MULTIARCH = sysconfig.get_config_var("MULTIARCH")  # x86_64-linux-gnu, say
 # Of the standard library, by names; README has them too.
-LEFT_OUT = (
-    *("test", "tests", "_test*", "_ctypes_test*", "_xxtestfuzz*", "xxlimited*", "xxsubtype*"),  # CPython's own tests
-    *("idlelib", "tkinter", "_tkinter*", "turtle.py", "turtledemo"),  # need a display
-    *("ensurepip", "site-packages", "dist-packages", "EXTERNALLY-MANAGED"),  # pip, and what it installs into the base
-    *("config-*", "*.cpython-*d-*"),  # to build extensions; to debug the interpreter
-    *("pydoc_data", "__pycache__"),  # the language's manual; bytecode, see add_standard_library()
-)
+LEFT_OUT = {
+    "tests of Python itself": "test tests _test* _ctypes_test* _xxtestfuzz* xxlimited* xxsubtype*",
+    "need a display": "idlelib tkinter _tkinter* turtle.py turtledemo",
+    "pip, and what it installs": "ensurepip site-packages dist-packages EXTERNALLY-MANAGED",
+    "to build extensions, to debug the interpreter, the language's manual": "config-* *.cpython-*d-* pydoc_data",
+    "bytecode, see add_standard_library()": "__pycache__",
+}
 # Of the base, by patterns, where it has them.
-DATA = (
-    *("etc/passwd", "etc/group", "etc/os-release", "etc/debian_version", "etc/mime.types"),
-    *("etc/nsswitch.conf", "etc/host.conf", "etc/gai.conf", "etc/networks", "etc/services", "etc/protocols"),
-    *("etc/localtime", "usr/share/zoneinfo/[!pr]*", "usr/lib/locale/C.*"),  # without posix/ and right/, the same again
-    *("lib/terminfo", "usr/share/terminfo"),
-    *("lib/*/libnss_files.so.*", "lib/*/libnss_dns.so.*", "lib/*/libgcc_s.so.*"),  # opened by the C library on demand
-    *("etc/ssl/certs/ca-certificates.crt", "usr/lib/ssl/cert.pem", "usr/lib/ssl/openssl.cnf", "usr/lib/*/ossl-modules"),
-)
+DATA = {
+    "users, the distribution, types of files": "etc/passwd etc/group etc/os-release etc/debian_version etc/mime.types",
+    "names and addresses": "etc/nsswitch.conf etc/host.conf etc/gai.conf etc/networks etc/services etc/protocols",
+    "time zones (posix/, right/: again)": "etc/localtime usr/share/zoneinfo/[!pr]* usr/share/zoneinfo/posixrules",
+    "locales, terminals": "usr/lib/locale lib/terminfo usr/share/terminfo",
+    "certificates": "etc/ssl/certs/ca-certificates.crt usr/lib/ssl/cert.pem",
+    "OpenSSL opens them": f"usr/lib/ssl/openssl.cnf usr/lib/{MULTIARCH}/ossl-modules",
+    "the C library opens it when a thread is cancelled": f"lib/{MULTIARCH}/libgcc_s.so.*",
+}
 
 BASE = pathlib.Path("/")
 CERTIFICATES = BASE / "etc/ssl/certs/ca-certificates.crt"
 DPKG = BASE / "var/lib/dpkg"
 LICENSE = re.compile(r"/usr/share/common-licenses/[\w.+-]*[\w+]")
-# What the scripts of a package make is in no list of its files.
+# What the scripts of these packages make is in no list of files, and else they would not be on record.
 MADE_BY = {CERTIFICATES: "ca-certificates", BASE / "etc/passwd": "base-passwd", BASE / "etc/group": "base-passwd"}
 
 
@@ -81,7 +79,7 @@ class Root:
 
     def add(self, path: pathlib.Path) -> None:
         """Copy a file, or all that is in a folder."""
-        path = self.real(path)
+        path = self.real(lexical(path))
         if path.is_dir():
             for inner in sorted(path.iterdir()):
                 self.add(inner)
@@ -101,43 +99,23 @@ def lexical(path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(os.path.normpath(path))
 
 
-def add_standard_library(root: Root, folder: pathlib.Path) -> None:
-    """Add the standard library in `folder`, but for LEFT_OUT."""
-    for path in sorted(folder.iterdir()):
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_OUT):
+def add_standard_library(root: Root, library: pathlib.Path) -> None:
+    """Add the standard library, but for LEFT_OUT."""
+    for path in sorted(library.rglob("*")):
+        if matches(path.relative_to(library).parts, LEFT_OUT) or not path.is_file():
             continue
-        if path.is_dir() and not path.is_symlink():
-            add_standard_library(root, path)
-        elif path.suffix == ".py" and pathlib.Path(importlib.util.cache_from_source(path)).exists():
+        if path.suffix == ".py" and pathlib.Path(importlib.util.cache_from_source(path)).exists():
             root.add_compiled(path)
         else:
-            root.add(path)
+            # A link as the file, which may be there as bytecode alone.
+            root.paths |= {path, path.resolve()}
+            shutil.copy2(path, root.place(path))
 
 
-def pack_standard_library(root: Root, folder: pathlib.Path) -> None:
-    """Pack each module and each package of which more is source than bytecode: what the service uses little of.
-
-    Python looks into such an archive first (https://docs.python.org/3/library/sys_path_init.html). Bytecode is not
-    compressed in it, so that it loads as quickly as from a file.
-    """
-    place = root.folder / folder.relative_to(BASE)
-    archive = next(pathlib.Path(path) for path in sys.path if path.endswith(".zip"))
-    # By os.py Python knows its library's folder; and what a link leads to has to be where it leads.
-    stays = {folder / "os.py", *(path.resolve() for path in folder.rglob("*") if path.is_symlink())}
-    with zipfile.ZipFile(root.place(archive), "w") as packed:
-        for top in sorted(place.iterdir()):
-            files = sorted(path for path in (top.rglob("*") if top.is_dir() else [top]) if not path.is_dir())
-            size = collections.Counter()
-            for path in files:
-                kind = "link" if path.is_symlink() else path.suffix
-                size[kind] += path.lstat().st_size
-            if size[".py"] <= size[".pyc"] or size.keys() - {".py", ".pyc"} or folder / top.name in stays:
-                continue
-            for path in files:
-                entry = zipfile.ZipInfo(str(path.relative_to(place)))
-                entry.compress_type = zipfile.ZIP_DEFLATED if path.suffix == ".py" else zipfile.ZIP_STORED
-                packed.writestr(entry, path.read_bytes(), compresslevel=9)
-            shutil.rmtree(top) if top.is_dir() else top.unlink()
+def matches(names: Iterable[str], table: dict[str, str]) -> bool:
+    """Tell whether one of the names is in a table of patterns."""
+    patterns = " ".join(table.values()).split()
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def binaries(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
@@ -158,25 +136,30 @@ def add_libraries(root: Root, folders: list[pathlib.Path]) -> None:
         said = subprocess.run(["ldd", binary], capture_output=True, text=True, check=False).stdout
         for name in re.findall(r"^\t(.*) => not found$", said, re.MULTILINE):
             print(f"minimal: {binary} asks for {name}, which the base has not either", file=sys.stderr)
-        found.update(map(pathlib.Path, re.findall(r"(?:^\t|=> )(/.*) \(0x\w+\)$", said, re.MULTILINE)))
-    libraries = sorted(path for path in found if not any(path.is_relative_to(folder) for folder in folders))
-    for path in libraries:
-        root.add(path)
+        for path in re.findall(r"(?:^\t|=> )(/.*) \(0x\w+\)$", said, re.MULTILINE):
+            # Not a variant for this machine's processor: the image is to run on others.
+            plain = pathlib.Path(re.sub("/glibc-hwcaps/[^/]+/", "/", path))
+            found.add(plain if plain.exists() else pathlib.Path(path))
+    for path in sorted(found):
+        if not any(path.is_relative_to(folder) for folder in folders):
+            root.add(path)
     # Named one by one, because the linker may have found them through a variable of the base, which is not here.
-    places = sorted({path.resolve().parent for path in libraries})
+    places = sorted({path.parent for path in root.paths if fnmatch.fnmatch(path.name, "lib*.so*")})
     subprocess.run(["ldconfig", "-X", "-r", root.folder, *places], check=True)
     shutil.rmtree(root.folder / "var/cache", ignore_errors=True)  # of ldconfig, with times
-    # ctypes.util.find_library() asks ldconfig what there is. That does not change, so this need not be ldconfig.
+    # ctypes.util.find_library() asks ldconfig what there is. That does not change, so a list does for the program.
     said = subprocess.run(["ldconfig", "-r", root.folder, "-p"], check=True, capture_output=True, text=True).stdout
-    list_of_libraries = root.place(root.real(BASE / "sbin/ldconfig"))
-    list_of_libraries.write_text(f"#!{pathlib.Path(sys.executable).resolve()} -IS\nprint({said!r})\n")
-    list_of_libraries.chmod(0o755)
+    ldconfig = root.place(root.real(BASE / "sbin/ldconfig"))
+    ldconfig.write_text(f"#!{pathlib.Path(sys.executable).resolve()} -IS\nprint({said!r})\n")
+    ldconfig.chmod(0o755)
 
 
 def packages() -> dict[pathlib.Path, str]:
     """Return which package each file of the base is from, as dpkg names its lists: NAME or NAME:ARCHITECTURE."""
     found, real = {}, functools.cache(pathlib.Path.resolve)
-    lists = sorted(DPKG.glob("info/*.list"))
+    # NAME.list, or NAME:ARCHITECTURE.list, of which a base can have more than one.
+    native = subprocess.run(["dpkg", "--print-architecture"], check=True, capture_output=True, text=True).stdout.strip()
+    lists = [path for path in sorted(DPKG.glob("info/*.list")) if path.stem.partition(":")[2] in ("", native)]
     for path in lists:
         for file in map(pathlib.Path, path.read_text().splitlines()):
             found[real(file.parent) / file.name] = path.stem
@@ -189,7 +172,7 @@ def copied(root: Root, path: pathlib.Path) -> bool:
     return path.resolve() in root.paths and (root.folder / path.relative_to(BASE)).is_file()
 
 
-def add_records(root: Root) -> None:
+def add_records(root: Root, library: pathlib.Path) -> None:
     """Put on record what packages the files are from, with their licenses, and the texts that these refer to."""
     package_of = packages()
     recorded: set[str] = set()
@@ -202,13 +185,15 @@ def add_records(root: Root) -> None:
                 for path in LICENSE.findall(notice.read_text(errors="replace")):
                     root.add(pathlib.Path(path))
     for path in binaries(root.paths - package_of.keys()):
-        if not path.is_relative_to(sys.base_prefix):
+        # Of the interpreter they know by its version.
+        if not path.is_relative_to(library) and not re.match(r"(lib)?python\d", path.name):
             print(f"minimal: {path} is from no package: scanners will not know of it", file=sys.stderr)
     status = {}
     for stanza in re.split(r"\n\n+", (DPKG / "status").read_text().strip()):
         fields = dict(re.findall(r"^(Package|Architecture): (.*)$", stanza, re.MULTILINE))
-        status[fields["Package"]] = status[f"{fields['Package']}:{fields.get('Architecture')}"] = stanza
-    for package in recorded:
+        status.setdefault(fields["Package"], stanza)
+        status[f"{fields['Package']}:{fields['Architecture']}"] = stanza
+    for package in sorted(recorded):
         record = root.place(DPKG / "status.d" / package.partition(":")[0])
         record.write_text(status[package] + "\n")
         sums = DPKG / f"info/{package}.md5sums"
@@ -219,35 +204,30 @@ def add_records(root: Root) -> None:
 
 def main() -> None:
     """Make ROOT."""
-    started = time.time()
     folder, *folders = map(pathlib.Path, sys.argv[1:])
     if not (DPKG / "status").exists():
         sys.exit(f"minimal: {DPKG / 'status'} is missing: takes a base of Debian's packages, such as python:3.14-slim")
     os.umask(0o022)
     root = Root(folder)
-    # The interpreter is where a link in the environment leads.
-    for link in sorted(path for folder in folders for path in folder.rglob("*") if path.is_symlink()):
-        target = lexical(link.parent / link.readlink())
-        if not any(target.is_relative_to(folder) for folder in folders):
-            root.add(target)
+    # Where the environment's own link to it leads.
+    python = pathlib.Path(sys.executable)
+    root.add(python.parent / python.readlink())
     library = pathlib.Path(sysconfig.get_path("stdlib")).resolve()
     add_standard_library(root, library)
-    for pattern in DATA:
+    for pattern in " ".join(DATA.values()).split():
         for path in sorted(BASE.glob(pattern)):
             root.add(path)
-    # Where OpenSSL looks for one file with all certificates. Without it, it would take a folder of single ones.
-    trusted = pathlib.Path(ssl.get_default_verify_paths().openssl_cafile)
-    if CERTIFICATES in root.paths and not trusted.exists():
-        root.place(trusted).symlink_to(CERTIFICATES)
-    pack_standard_library(root, library)
+    for path in (CERTIFICATES, BASE / "usr/share/zoneinfo"):
+        if not path.exists():
+            print(f"minimal: the base has no {path}, so this has not either", file=sys.stderr)
     add_libraries(root, folders)
-    add_records(root)
+    add_records(root, library)
     (folder / "tmp").mkdir()
     (folder / "tmp").chmod(0o1777)
-    # What has been made gets the interpreter's time: with its own, each build's layer would be another.
-    made = pathlib.Path(sys.executable).stat().st_mtime
+    # What is younger gets the interpreter's time: with its own, what has been made here would be another in each build.
+    made = python.stat().st_mtime
     for path in (folder, *folder.rglob("*")):
-        if path.lstat().st_mtime >= started - 1:
+        if path.lstat().st_mtime > made:
             os.utime(path, (made, made), follow_symlinks=False)
 
 
