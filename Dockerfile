@@ -165,8 +165,10 @@ COPY --from=pins /fresh /
 # ---- minimal: `docker build --target minimal .`: no shell, no pip, no package manager ------------------------------------
 # Where in its line a statement is (PEP 657) takes a fifth of the bytecode, compressed; a traceback has the lines anyway.
 FROM environment AS compact
-# As in `environment`, what does not compile is no reason to stop.
-RUN python -X no_debug_ranges -B -m compileall -f -qq --invalidation-mode=unchecked-hash /opt/venv || :
+# As in `environment`, what does not compile is no reason to stop. All gets the interpreter's time, so that this layer, too,
+# is the same in each build.
+RUN python -X no_debug_ranges -B -m compileall -f -qq --invalidation-mode=unchecked-hash /opt/venv; \
+    find /opt/venv -exec touch -h -r "$(readlink -f /opt/venv/bin/python)" {} +
 
 FROM application AS root
 RUN --mount=type=bind,source=tools/minimal.py,target=/minimal.py \
