@@ -165,10 +165,11 @@ COPY --from=pins /fresh /
 # ---- minimal: `docker build --target minimal .`: no shell, no pip, no package manager ------------------------------------
 # Where in its line a statement is (PEP 657) takes a fifth of the bytecode, compressed; a traceback has the lines anyway.
 FROM environment AS compact
-# As in `environment`, what does not compile is no reason to stop. All gets the interpreter's time, so that this layer, too,
-# is the same in each build.
+# As in `environment`, what does not compile is no reason to stop. All, /opt included, gets the interpreter's time, so that
+# this layer, too, is the same in each build.
 RUN python -X no_debug_ranges -B -m compileall -f -qq --invalidation-mode=unchecked-hash /opt/venv; \
-    find /opt/venv -exec touch -h -r "$(readlink -f /opt/venv/bin/python)" {} +
+    mkdir -p /environment/opt && mv /opt/venv /environment/opt/ \
+    && find /environment -exec touch -h -r "$(readlink -f /environment/opt/venv/bin/python)" {} +
 
 FROM application AS root
 RUN --mount=type=bind,source=tools/minimal.py,target=/minimal.py \
@@ -179,7 +180,7 @@ RUN --mount=type=bind,source=tools/minimal.py,target=/minimal.py \
 # `runtime`, because it cannot be inherited without their files; a test compares it.
 FROM scratch AS minimal
 COPY --link --from=root /minimal /
-COPY --link --from=compact /opt/venv /opt/venv
+COPY --link --from=compact /environment /
 COPY --link --from=application /app /app
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONUNBUFFERED=1
