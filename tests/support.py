@@ -239,11 +239,10 @@ class Project:
         environ = self.environ | options.pop("environ", {})
         return run(*command, cwd=self.folder, env=environ, **options)
 
-    def build(self, *options: object, check: bool = True, **others: object) -> subprocess.CompletedProcess:
+    def build(self, *options: object, check: bool = True) -> subprocess.CompletedProcess:
         """Build this copy's image with docker, under the name that compose gives it here."""
         name = self.environ["COMPOSE_PROJECT_NAME"]
-        command = ["docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", name, *options, "."]
-        return self.run(*command, check=check, **others)
+        return self.run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", name, *options, ".", check=check)
 
     def compose(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
         """Run a docker compose command in this copy."""
