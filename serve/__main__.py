@@ -2,7 +2,8 @@
 
     python -m serve
 
-APP names the application (default app:app), WAITRESS_<NAME> is waitress's setting <name>; README.md lists the rest.
+APP names the application (default app:app; or a factory, myapp:create_app()), WAITRESS_<NAME> is waitress's setting
+<name>; README.md lists the rest.
 Ends with exit code 0 once it has drained after SIGTERM or SIGINT; 1 where it cannot listen, or gave up waiting for
 requests; 2 where a variable is wrong.
 """
@@ -26,6 +27,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
 
+import inspect
 import logging
 import os
 import pathlib
@@ -98,17 +100,19 @@ def has_ipv6() -> bool:
 
 
 def load_application(name: str) -> Callable:
-    """Import and return the WSGI application that `name` (module:attribute) stands for.
+    """Import and return the WSGI application that `name` stands for: module:attribute, or what module:factory() gives.
 
-    Raises SettingError if there is none, or if its module fails; the message then has the line where it failed.
+    Raises SettingError if there is none, or if its module or factory fails; the message then has the line where it did.
     """
-    module, _, attribute = name.partition(":")
-    if not (module and attribute):
-        raise SettingError("APP", name, "takes module:attribute, such as app:app")
+    module, _, attribute = name.removesuffix("()").partition(":")
+    if not (module and attribute) or "(" in attribute:
+        raise SettingError("APP", name, "takes module:attribute such as app:app, or module:factory()")
     try:
         # By this Flask knows that it is served already: an app.run() left in the module is then skipped with a warning.
         os.environ["FLASK_RUN_FROM_CLI"] = "true"
-        application = pkgutil.resolve_name(name)
+        application = pkgutil.resolve_name(f"{module}:{attribute}")
+        if name.endswith("()"):
+            application = application()
     except Stopped:
         raise
     except (Exception, SystemExit) as failure:
@@ -116,7 +120,23 @@ def load_application(name: str) -> Callable:
         raise SettingError("APP", name, problem) from failure
     if not callable(application):
         raise SettingError("APP", name, f"is of type {type(application).__name__}, not a WSGI application")
+    if not takes_a_request(application):
+        problem = f"takes no request (environ, start_response); a factory is named {module}:{attribute}()"
+        raise SettingError("APP", name, problem)
     return application
+
+
+def takes_a_request(application: Callable) -> bool:
+    """Tell whether it can be called with two arguments (PEP 3333), as far as it says: a factory mostly cannot."""
+    try:
+        signature = inspect.signature(application)
+    except (TypeError, ValueError):  # what is written in C may not say
+        return True
+    try:
+        signature.bind({}, None)
+    except TypeError:
+        return False
+    return True
 
 
 def where(failure: BaseException) -> str:

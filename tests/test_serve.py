@@ -26,6 +26,12 @@ def fails(environ, start_response):
 class Group:
     inner = staticmethod(app)
 
+def create_app():
+    return app
+
+def create_nothing():
+    pass
+
 text = "not callable"
 """
 
@@ -44,6 +50,9 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "leaves.py").write_text("import sys\n\nsys.exit('DATABASE is not set')\n")
     (tmp_path / "runs.py").write_text("import flask\n\napp = flask.Flask(__name__)\napp.run(host='0.0.0.0', port=1)\n")
     (tmp_path / "lines.py").write_text("raise ValueError('one\\ntwo')\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("from .inner import create_app\n")
+    (tmp_path / "package" / "inner.py").write_text("from app import create_app\n")
     return tmp_path
 
 
@@ -145,9 +154,10 @@ def test_ends_at_once_whenever_the_signal_comes(folder: pathlib.Path) -> None:
         assert running.messages() == []
 
 
-def test_application_by_name(folder: pathlib.Path) -> None:
-    """APP names the application as module:attribute, with dots in either."""
-    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP="app:Group.inner") as running:
+@pytest.mark.parametrize("name", ["app:Group.inner", "package:create_app()", "package.inner:create_app()"])
+def test_application_by_name(folder: pathlib.Path, name: str) -> None:
+    """APP names the application as module:attribute, with dots in either, or as module:factory()."""
+    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", APP=name) as running:
         assert get(running.listening()[0] + "/here") == (200, "/here")
 
 
@@ -165,14 +175,19 @@ def test_crash_tells_the_client_nothing(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("", "takes module:attribute, such as app:app"),
-        ("app", "takes module:attribute, such as app:app"),
-        (":app", "takes module:attribute, such as app:app"),
-        ("app:", "takes module:attribute, such as app:app"),
+        ("", "takes module:attribute such as app:app, or module:factory()"),
+        ("app", "takes module:attribute such as app:app, or module:factory()"),
+        (":app", "takes module:attribute such as app:app, or module:factory()"),
+        ("app:", "takes module:attribute such as app:app, or module:factory()"),
         ("nowhere:app", "No module named 'nowhere'"),
         ("app:nothing", "has no attribute 'nothing'"),
         ("app:text", "is of type str, not a WSGI application"),
-        ("app:app()", "ValueError"),
+        ("app:app()", "TypeError: app() missing 2 required positional arguments"),
+        ("app:create_app", "takes no request (environ, start_response); a factory is named app:create_app()"),
+        ("app:create_nothing()", "is of type NoneType, not a WSGI application"),
+        ("app:create_app(1)", "takes module:attribute such as app:app, or module:factory()"),
+        ("app:create_app()()", "takes module:attribute such as app:app, or module:factory()"),
+        ("()", "takes module:attribute such as app:app, or module:factory()"),
         ("../app:app", "ValueError"),
         ("needs:app", "No module named 'not_installed'"),
         ("broken:app", "broken.py, line 4)"),
