@@ -1,5 +1,7 @@
 # Wheels come from the lock in `builder`, become a virtual environment there, and move into the slim `runtime`.
 # Each step stands before whatever changes more often: base, dependencies, code.
+# The folder with the application and its requirements.txt.
+ARG APP_DIR=.
 ARG PYTHON_IMAGE=python:3.14.7-slim-trixie@sha256:ce40764625a4ff50df3548277632e7f96c4e77fe75fa848aae9885476e7df5a4
 # The labels of the images: who you are, and the version, which has no other place; and the base, taken apart.
 ARG TITLE=flask-helloworld
@@ -12,26 +14,51 @@ ARG BASE_DIGEST=${PYTHON_IMAGE#${BASE}}
 ARG BASE_NAME=${BASE##*/}
 ARG BASE_FOLDER=${BASE%${BASE_NAME}}
 
-# ---- builder: /opt/venv, made from wheels that the lock names by hash -------------------------------------------------
-FROM ${PYTHON_IMAGE} AS builder
+# ---- pip: the base, and how its pip reaches the package index ----------------------------------------------------------
+FROM ${PYTHON_IMAGE} AS pip
 # Again, because an ARG from before the first FROM has a value in a stage only where the stage names it.
 ARG PYTHON_IMAGE
 RUN case "${PYTHON_IMAGE}" in \
         *@sha256:*) ;; \
         *) echo "warning: PYTHON_IMAGE=${PYTHON_IMAGE} has no digest: another day it can be another image" >&2 ;; \
     esac
-# A package with a .pth file would else leave bytecode that depends on when it was built.
-ENV PYTHONDONTWRITEBYTECODE=1
+# A package with a .pth file would else leave bytecode that depends on when it was built. And nobody is there to answer
+# when an index asks for a password.
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PIP_NO_INPUT=1
+# A private index, a proxy, a CA of one's own come as build secrets: they are there while a step runs, and in no layer,
+# history or cache after. compose passes empty ones where none are set.
+COPY --chmod=0755 <<'SH' /with-secrets
+#!/bin/sh
+[ ! -s /run/secrets/pip_conf ] || export PIP_CONFIG_FILE=/run/secrets/pip_conf
+[ ! -s /run/secrets/ca_bundle ] || export PIP_CERT=/run/secrets/ca_bundle
+exec "$@"
+SH
+
+# ---- wheelhouse: the locked wheels -------------------------------------------------------------------------------------
+FROM pip AS download
+ARG APP_DIR
 # Only wheels: to build from source, pip would fetch build tools that no hash covers, and run them.
-RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
+RUN --mount=type=bind,source=${APP_DIR}/requirements.txt,target=/lock/requirements.txt \
+    --mount=type=secret,id=pip_conf --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
-    pip wheel --require-hashes --only-binary=:all: --wheel-dir=/wheels --requirement=/lock/requirements.txt
+    mkdir /wheels \
+    && /with-secrets pip wheel --require-hashes --only-binary=:all: --wheel-dir=/wheels --requirement=/lock/requirements.txt
+
+# By this name a folder takes its place: `docker build --build-context wheelhouse=wheelhouse --network=none .`
+FROM scratch AS wheelhouse
+COPY --from=download /wheels /
+
+# ---- builder: /opt/venv, made from wheels that the lock names by hash -------------------------------------------------
+FROM pip AS builder
+ARG APP_DIR
+COPY --from=wheelhouse / /wheels/
 # pip works on the environment from outside: nothing that could install anything gets into it.
-RUN --mount=type=bind,source=requirements.txt,target=/lock/requirements.txt \
+RUN --mount=type=bind,source=${APP_DIR}/requirements.txt,target=/lock/requirements.txt \
     for wheel in /wheels/*; do \
         [ -e "${wheel}" ] || continue; \
         { sum=$(sha256sum "${wheel}") && grep -q "sha256:${sum%% *}" /lock/requirements.txt; } \
-            || { echo "${wheel} is not in requirements.txt" >&2; exit 1; }; \
+            || { echo "${wheel} is not in requirements.txt; make wheelhouse collects what is" >&2; exit 1; }; \
     done \
     && python -m venv --without-pip /opt/venv \
     && pip --python=/opt/venv install --no-cache-dir --no-index --find-links=/wheels --require-hashes --no-compile \
@@ -89,16 +116,23 @@ for name in list(sys.modules):
         py_compile.compile(spec.origin, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
 PYTHON
 
-# ---- code: what is the project's own, in the modes and with the times of no particular clone ---------------------------
+# ---- code: the application and what runs it, in the modes and with the times of no particular clone --------------------
 FROM ${PYTHON_IMAGE} AS code
-COPY app.py healthcheck.py /code/app/
-COPY serve /code/app/serve
+ARG APP_DIR
+# As much of it as .dockerignore lets in. With APP_DIR=. that is the project's own files too.
+WORKDIR /code/app
+COPY ${APP_DIR} ./
+RUN rm -rf examples pyproject.toml requirements*.in requirements*.txt tests tools
+COPY healthcheck.py ./
+COPY serve ./serve
 COPY pyproject.toml /code/test/
 COPY tests /code/test/tests
 # Writing the image anew (rewrite-timestamp) only lowers times that are after the commit's; earlier ones, which the files of
 # a folder may have, are raised here.
 ARG SOURCE_DATE_EPOCH
-RUN find /code -type d -exec chmod 0755 {} + -o -type f -exec chmod 0644 {} + \
+RUN mkdir -p /code/volume/data \
+    && find /code -type d -exec chmod 0755 {} + -o -type f -exec chmod 0644 {} + \
+    && chmod 0770 /code/volume/data \
     && if [ -n "${SOURCE_DATE_EPOCH}" ]; then find /code -exec touch -h -d "@${SOURCE_DATE_EPOCH}" {} +; fi
 
 # ---- environment: what an edit of the code leaves as it is --------------------------------------------------------------
@@ -125,6 +159,8 @@ RUN --mount=type=bind,from=bytecode,target=/bytecode \
 
 # ---- service: how it runs ---------------------------------------------------------------------------------------------
 FROM application AS service
+# Where a volume goes: an empty one takes over owner and mode. Of the group root, in which OpenShift's random users are.
+COPY --from=code --chown=65532:0 /code/volume /
 # By number, so that Kubernetes' runAsNonRoot can tell; with no name in /etc/passwd, because nothing here needs one.
 USER 65532:65532
 EXPOSE 5000
@@ -137,12 +173,12 @@ CMD ["python", "-m", "serve"]
 # ---- test: the same, and the tests with what they need ----------------------------------------------------------------
 # An environment in the same place, of which `test` takes what the other has not. Of its own, so that `lock` can be built
 # where requirements.txt cannot be installed: to mend that is what it is for.
-FROM ${PYTHON_IMAGE} AS dev
-ENV PYTHONDONTWRITEBYTECODE=1
+FROM pip AS dev
 RUN --mount=type=bind,source=requirements-dev.txt,target=/lock/requirements-dev.txt \
+    --mount=type=secret,id=pip_conf --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/venv \
-    && pip --python=/opt/venv install --require-hashes --only-binary=:all: --no-compile \
+    && /with-secrets pip --python=/opt/venv install --require-hashes --only-binary=:all: --no-compile \
         --requirement=/lock/requirements-dev.txt \
     && pip --python=/opt/venv check
 
@@ -154,10 +190,11 @@ CMD ["python", "-m", "pytest"]
 # ---- lock: `docker build --target lock --output . .` writes the requirements files, pinned by the image's own Python ---
 FROM dev AS pins
 WORKDIR /lock
-COPY requirements*.in requirements*.txt tools/lock.py ./
 ARG PIP_COMPILE_OPTIONS=
-RUN --mount=type=cache,target=/root/.cache/pip \
-    mkdir /fresh && /opt/venv/bin/python lock.py pin /fresh
+RUN --mount=type=bind,target=/lock \
+    --mount=type=secret,id=pip_conf --mount=type=secret,id=ca_bundle \
+    --mount=type=cache,target=/root/.cache/pip --mount=type=cache,target=/root/.cache/pip-tools \
+    mkdir /fresh && /with-secrets /opt/venv/bin/python tools/lock.py pin /fresh
 
 FROM scratch AS lock
 COPY --from=pins /fresh /
@@ -175,13 +212,14 @@ FROM application AS root
 RUN --mount=type=bind,source=tools/minimal.py,target=/minimal.py \
     python -X no_debug_ranges -IB /minimal.py /minimal /opt/venv /app
 
-# Three layers, of which an edit of the code changes one; the first too if it imports another module of the standard
+# Four layers, of which an edit of the code changes one; the first too if it imports another module of the standard
 # library. --link keeps a layer the same whatever is below. What follows is repeated from `environment`, `service` and
 # `runtime`, because it cannot be inherited without their files; a test compares it.
 FROM scratch AS minimal
 COPY --link --from=root /minimal /
 COPY --link --from=compact /environment /
 COPY --link --from=application /app /app
+COPY --link --from=code --chown=65532:0 /code/volume /
 ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONUNBUFFERED=1
 WORKDIR /app

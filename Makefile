@@ -1,7 +1,7 @@
 # Each target is a line or two over a command that also works by itself.
 .DEFAULT_GOAL := help
-.PHONY: help up down serve test lock upgrade check image publish reproduce sbom bench
-.PHONY: newest-base archive python up-venv down-venv
+.PHONY: help up down dev serve test lock upgrade check wheelhouse image publish reproduce sbom bench
+.PHONY: newest-base archive python up-venv down-venv dev-venv
 
 PYTHON ?= python3
 
@@ -10,8 +10,23 @@ dotenv = $(shell sed -n -e 's/^ *\(export  *\)\{0,1\}$(1) *= *["'\'']\{0,1\}\([^
 BIND := $(or $(BIND),$(call dotenv,BIND),127.0.0.1)
 PORT := $(or $(PORT),$(call dotenv,PORT),5000)
 TARGET := $(or $(TARGET),$(call dotenv,TARGET),runtime)
+APP_DIR := $(patsubst %/,%,$(or $(APP_DIR),$(call dotenv,APP_DIR),.))
+LOCK := $(if $(filter-out .,$(APP_DIR)),$(APP_DIR)/)requirements.txt
+RUNTIME := .venv/runtime$(if $(filter-out .,$(APP_DIR)),-$(subst /,-,$(APP_DIR)))
+PIP_CONF := $(abspath $(or $(PIP_CONF),$(call dotenv,PIP_CONF)))
+CA_BUNDLE := $(abspath $(or $(CA_BUNDLE),$(call dotenv,CA_BUNDLE)))
+WHEELHOUSE := $(abspath $(or $(WHEELHOUSE),$(call dotenv,WHEELHOUSE)))
 PYTHON_IMAGE := $(or $(PYTHON_IMAGE),$(call dotenv,PYTHON_IMAGE),$(shell sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile))
-export PYTHON_IMAGE
+export PYTHON_IMAGE APP_DIR PIP_CONF CA_BUNDLE WHEELHOUSE
+
+COMMA := ,
+# What each build takes; and a pip outside of one. No network, with wheels from a folder.
+INPUTS := --build-arg PYTHON_IMAGE --build-arg APP_DIR \
+	$(if $(PIP_CONF),--secret 'id=pip_conf$(COMMA)src=$(PIP_CONF)') \
+	$(if $(CA_BUNDLE),--secret 'id=ca_bundle$(COMMA)src=$(CA_BUNDLE)')
+OFFLINE := $(if $(WHEELHOUSE),--network none --build-context 'wheelhouse=$(WHEELHOUSE)')
+$(if $(PIP_CONF),$(eval export PIP_CONFIG_FILE := $(PIP_CONF)))
+$(if $(CA_BUNDLE),$(eval export PIP_CERT := $(CA_BUNDLE)))
 
 # Not $(MAKE), which make would run under `make --dry-run` too.
 SELF := $(MAKE) --silent
@@ -24,22 +39,30 @@ UNPINNED := case "$(PYTHON_IMAGE)" in *@sha256:*) ;; \
 	*) echo "warning: PYTHON_IMAGE=$(PYTHON_IMAGE) has no digest: another day it can be another image" >&2 ;; esac
 NO_ENGINE := No Docker Engine answers
 NO_BASE := The base image $(PYTHON_IMAGE) can neither be found nor pulled
+WITHOUT = without=; if ! { $(ENGINE); }; then without="$(NO_ENGINE)"; elif ! $(BASE); then without="$(NO_BASE)"; fi
+# compose itself knows no context that is not always there.
+COMPOSE_UP = $(if $(WHEELHOUSE),docker build $(INPUTS) $(OFFLINE) --target $(TARGET) \
+	--tag "$$(docker compose config --images web)" . && docker compose up --wait,docker compose up --build --wait)
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-up: ## build, start, wait until healthy, print the address; without Docker, serve from .venv in the background
-	@if ! { $(ENGINE); }; then echo "$(NO_ENGINE): serving from a virtual environment instead."; $(SELF) up-venv; \
-	elif ! $(BASE); then echo "$(NO_BASE): serving from a virtual environment instead."; $(SELF) up-venv; \
-	else $(UNPINNED); $(SELF) down-venv; docker compose up --build --wait || { docker compose logs --tail 20 web >&2; exit 1; }; \
+up: $(LOCK) ## build, start, wait until healthy, print the address; without Docker, serve from .venv in the background
+	@$(WITHOUT); if [ -n "$$without" ]; then echo "$$without: serving from a virtual environment instead."; $(SELF) up-venv; \
+	else $(UNPINNED); $(SELF) down-venv; { $(COMPOSE_UP); } || { docker compose logs --tail 20 web >&2; exit 1; }; \
 	echo "http://$$(docker compose port web 5000)"; fi
 
-down: down-venv ## stop and remove what `make up` started
-	@if $(ENGINE); then docker compose down; fi
+down: down-venv ## stop and remove what `make up` and `make dev` started
+	@if $(ENGINE); then docker compose --profile dev down; fi
+
+dev: export DEV_USER = $(shell id -u):$(shell id -g)
+dev: $(LOCK) ## serve the folder while you edit it, on this machine alone, until Ctrl-C
+	@$(WITHOUT); if [ -n "$$without" ]; then echo "$$without: serving from a virtual environment instead."; $(SELF) dev-venv; \
+	else $(UNPINNED); docker compose up --build --watch dev; fi
 
 serve: export WAITRESS_LISTEN = $(BIND):$(PORT)
-serve: .venv/runtime ## serve from .venv in the foreground
-	.venv/bin/python -m serve
+serve: $(RUNTIME) ## serve from .venv in the foreground
+	$(SERVE)
 
 test: .venv/dev ## run every test that this machine can run; REQUIRE_DOCKER=1 fails those that lack Docker
 	.venv/bin/python -m pytest
@@ -49,8 +72,8 @@ upgrade: ## pin the newest that they allow, and the base's newest digest; PACKAG
 upgrade: PIP_COMPILE_OPTIONS := $(if $(PACKAGE),$(PACKAGE:%=--upgrade-package=%),--upgrade)
 # A lock that has not changed stays untouched; one that has gets the time of now, which the build's cache would not give.
 lock upgrade:
-	@$(FRESH) && for lock in requirements.txt requirements-dev.txt; do cmp -s "$$fresh/$$lock" "$$lock" \
-	    || { touch "$$fresh/$$lock" && mv "$$fresh/$$lock" .; } || exit; done
+	@$(FRESH) && for lock in $$(cd "$$fresh" && find . -name 'requirements*.txt'); do cmp -s "$$fresh/$$lock" "$$lock" \
+	    || { touch "$$fresh/$$lock" && mv "$$fresh/$$lock" "$$lock"; } || exit; done
 	@$(if $(filter upgrade,$@),$(if $(PACKAGE),,$(SELF) newest-base))
 
 check: python ## lint; fail if a lock is not what its .in file asks for, or the base not the one that is documented
@@ -64,10 +87,16 @@ check: python ## lint; fail if a lock is not what its .in file asks for, or the 
 	else echo "shellcheck is not installed: .ci goes unchecked"; [ -z "$$CI" ]; fi
 	@$(FRESH) && $(PYTHON) tools/lock.py diff "$$fresh"
 
+wheelhouse: $(LOCK) ## collect the locked wheels in the folder wheelhouse; WHEELHOUSE=wheelhouse then builds without network
+	@$(ENGINE) || { echo "$(NO_ENGINE): it is the image's Python that says which wheels it takes." >&2; exit 1; }
+	@new=$$(mktemp -d .wheelhouse.XXXXXX) || exit; trap 'rm -rf "$$new"' EXIT; trap 'exit 1' HUP INT TERM; \
+	docker buildx build --quiet $(INPUTS) $(PLATFORMS:%=--platform %) --target wheelhouse --output "$$new/wheelhouse" . \
+	&& rm -rf wheelhouse && mv "$$new/wheelhouse" . && ls wheelhouse
+
 image: ## build this commit, with SBOM and provenance, for PLATFORMS, as flask-helloworld.oci.tar
 	@$(ABLE) && $(UNPINNED)
-	$(BUILD) $(ATTESTATIONS) $(PLATFORMS:%=--platform %) \
-	    --target $(TARGET) --output '$(OCI)"name=$(IMAGE):$(VERSION)","dest=flask-helloworld.oci.tar.new"' - \
+	$(COMMIT) && $(BUILD) $(ATTESTATIONS) $(PLATFORMS:%=--platform %) \
+	    --target $(TARGET) --output '$(OCI)"name=$(IMAGE):$(VERSION)","dest=flask-helloworld.oci.tar.new"' "$$commit" \
 	&& mv flask-helloworld.oci.tar.new flask-helloworld.oci.tar
 
 publish: ## push what `make image IMAGE=NAME` has built of a released commit
@@ -98,11 +127,10 @@ bench: ## measure the image and the service beside the alternatives; takes Docke
 export PIP_COMPILE_OPTIONS :=
 FRESH = ! $(RECENT) 2>/dev/null || $(PYTHON) tools/lock.py ready || exit; \
 	fresh=$$(mktemp -d .lock.XXXXXX) || exit; trap 'rm -rf "$$fresh"' EXIT; trap 'exit 1' HUP INT TERM; \
-	without=; if ! { $(ENGINE); }; then without="$(NO_ENGINE)"; elif ! $(BASE); then without="$(NO_BASE)"; fi; \
-	if [ -n "$$without" ]; then echo "$$without: locking with $(PYTHON) instead."; \
+	$(WITHOUT); if [ -n "$$without" ]; then echo "$$without: locking with $(PYTHON) instead."; \
 	    $(SELF) .venv/dev && .venv/bin/python tools/lock.py pin "$$fresh"; \
 	else docker buildx build --progress plain --target lock --no-cache-filter pins --output "$$fresh" \
-	        --build-arg PYTHON_IMAGE --build-arg PIP_COMPILE_OPTIONS . >"$$fresh/log" 2>&1 \
+	        $(INPUTS) --build-arg PIP_COMPILE_OPTIONS . >"$$fresh/log" 2>&1 \
 	    || { sed -n 's/^\#[0-9]* [0-9.]* \(lock: .*\)/\1/p' "$$fresh/log" | grep . \
 	        || sed -n '/^------/,$$p' "$$fresh/log" | grep . || cat "$$fresh/log"; exit 1; } >&2; fi
 
@@ -131,10 +159,12 @@ SBOM_GENERATOR := docker/buildkit-syft-scanner:stable-1@sha256:ae4f3b554449e7e25
 ATTESTATIONS := --provenance mode=max --attest type=sbom,generator=$(SBOM_GENERATOR)
 
 # What is built is the commit, whatever else lies in the folder; FOLDER=1 builds the folder, to see that it is the same.
+# Unpacked, because docker does not heed .dockerignore in an archive.
+COMMIT = $(if $(FOLDER),commit=.,commit=$$(mktemp -d) && trap 'rm -rf "$$commit"' EXIT && trap 'exit 1' HUP INT TERM \
+	&& git -c core.autocrlf=false archive HEAD | tar -x -C "$$commit")
 # The commit's time stands for the build's, in labels, layers and history. Younger files get it when the image is written;
 # without cache, because a layer from an earlier build has files that are older than the commit.
-BUILD = $(if $(FOLDER),,git -c core.autocrlf=false archive HEAD |) \
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) BUILDX_GIT_LABELS= docker buildx build --no-cache --build-arg PYTHON_IMAGE \
+BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) BUILDX_GIT_LABELS= docker buildx build --no-cache $(INPUTS) $(OFFLINE) \
 	--label org.opencontainers.image.revision=$(REVISION) --label org.opencontainers.image.created=$(CREATED)
 OCI = "type=oci","rewrite-timestamp=true",$(if $(filter minimal,$(TARGET)),$(ZSTD))
 # A seventh less to pull than with gzip. `runtime` stays as it is, because its base's layers are shared as they are.
@@ -154,7 +184,7 @@ RELEASED = { git tag --points-at HEAD | grep -qx 'v$(VERSION)' && grep -q '^\#\#
 	    echo "Dockerfile: SOURCE is an example; put the address of your repository." >&2; exit 1; }; }
 
 archive:
-	@$(ABLE) && $(BUILD) --provenance false --target $(TARGET) --output '$(OCI)"dest=$(ARCHIVE)"' $(if $(FOLDER),.,-)
+	@$(ABLE) && $(COMMIT) && $(BUILD) --provenance false --target $(TARGET) --output '$(OCI)"dest=$(ARCHIVE)"' "$$commit"
 
 # --- Without Docker ---------------------------------------------------------------------------------------------------
 
@@ -166,21 +196,31 @@ python:
 requirements.txt requirements-dev.txt:
 	@echo "lock: $@ is missing; \`git checkout $@\` restores it" >&2; exit 1
 
+$(filter-out requirements.txt,$(LOCK)):
+	@echo "APP_DIR=$(APP_DIR): no folder with a requirements.txt; make lock pins a requirements.in" >&2; exit 1
+
 # Anew for each new lock, so that nothing stays that the lock no longer has.
-.venv/runtime: requirements.txt | python
+.venv/runtime: requirements.txt
+$(RUNTIME): $(LOCK)
+$(sort .venv/runtime $(RUNTIME)): | python
 	$(PYTHON) -m venv --clear .venv
-	$(PIP_INSTALL) --requirement requirements.txt
-	@touch $@
+	$(PIP_INSTALL) $(if $(WHEELHOUSE),--no-index --find-links='$(WHEELHOUSE)') --requirement '$<'
+	@touch '$@'
 
 .venv/dev: .venv/runtime requirements-dev.txt
 	$(PIP_INSTALL) --requirement requirements-dev.txt
 	@touch $@
 
+SERVE = cd '$(APP_DIR)' && exec env PYTHONPATH='$(CURDIR)' '$(CURDIR)/.venv/bin/python' -m serve
+
+dev-venv: $(RUNTIME)
+	cd '$(APP_DIR)' && '$(CURDIR)/.venv/bin/flask' --app "$${APP:-app:app}" run --debug --port $(PORT)
+
 # The log says when it listens: a probe alone might ask something else on that port. 150 times 0.1 s at most.
 up-venv: export WAITRESS_LISTEN = $(BIND):$(PORT)
 up-venv: export LOG_LEVEL = INFO
-up-venv: down-venv .venv/runtime
-	@rm -f .serve.log; nohup .venv/bin/python -m serve >.serve.log 2>&1 </dev/null & \
+up-venv: down-venv $(RUNTIME)
+	@rm -f .serve.log; ($(subst exec ,exec nohup ,$(SERVE))) >.serve.log 2>&1 </dev/null & \
 	pid=$$!; echo "$$pid" >.serve.pid; tries=150; \
 	until { grep -q 'Serving on' .serve.log 2>/dev/null && .venv/bin/python -IS healthcheck.py >.serve.health; } \
 	    || ! kill -0 "$$pid" 2>/dev/null || [ "$$tries" = 0 ]; do tries=$$((tries - 1)); sleep 0.1; done; \

@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -47,6 +49,28 @@ def run(*command: object, check: bool = True, **options: object) -> subprocess.C
     if check and done.returncode:
         raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def program(name: str) -> str:
+    """Return where a program is that the tests use if it is there; in CI it has to be."""
+    if not (found := shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed")
+    return found
+
+
+def free_port(host: str) -> int:
+    """Return a port on which nobody listens."""
+    with socket.create_server((host, 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def listens(address: tuple[str, int]) -> bool:
+    """Tell whether somebody listens there."""
+    try:
+        socket.create_connection(address, 5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def edit(path: pathlib.Path, pattern: str, replacement: str) -> None:
@@ -218,20 +242,23 @@ class Project:
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
         name = f"flask-helloworld-test-{uuid.uuid4().hex[:8]}"
-        left_out = shutil.ignore_patterns(".git", ".venv", ".env", ".serve.*", "__pycache__", ".*_cache")
+        left_out = shutil.ignore_patterns(".git", ".venv", ".env", ".serve.*", "__pycache__", ".*_cache", "wheelhouse")
         shutil.copytree(ROOT, folder, ignore=left_out)
         # Another image name, so that an image of the user's own under the usual one stays what it is.
-        override = f"services: {{web: {{image: {name}}}, test: {{image: {name}-tests}}}}\n"
-        (folder / "override.yaml").write_text(override)
+        images = {"web": name, "test": f"{name}-tests", "dev": f"{name}-dev", "degrees": f"{name}-degrees"}
+        override = {"services": {service: {"image": image} for service, image in images.items()}}
+        (folder / "override.yaml").write_text(json.dumps(override))
         self.environ = os.environ | {
             "COMPOSE_FILE": "compose.yaml:override.yaml",
             "COMPOSE_PROJECT_NAME": name,
             "BIND": "127.0.0.1",
             "PORT": "0",  # the engine takes a free one
+            "DEGREES_PORT": "0",
             "TARGET": "runtime",
         }
         # As a user's shell has it: this run's own virtual environment and make must not reach into the copy's.
-        for variable in ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "REQUIRE_DOCKER"):
+        makes = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "REQUIRE_DOCKER")
+        for variable in (*makes, "APP_DIR", "PIP_CONF", "CA_BUNDLE", "WHEELHOUSE"):
             self.environ.pop(variable, None)
 
     def run(self, *command: object, **options: object) -> subprocess.CompletedProcess:
@@ -248,6 +275,6 @@ class Project:
         """Run a docker compose command in this copy."""
         return self.run("docker", "compose", *arguments, **options)
 
-    def url(self) -> str:
-        """Return where compose has published the service."""
-        return "http://" + self.compose("port", "web", "5000").stdout.strip()
+    def url(self, service: str = "web") -> str:
+        """Return where compose has published a service."""
+        return "http://" + self.compose("port", service, "5000").stdout.strip()

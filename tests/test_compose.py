@@ -80,6 +80,40 @@ def test_defaults(copy: Project, engine: None) -> None:
     assert web["build"]["target"] == "runtime"
 
 
+@pytest.mark.parametrize("profile", ["", "dev", "degrees", "test", "*"])
+def test_every_profile_is_valid(copy: Project, engine: None, profile: str) -> None:
+    """The file is valid with each profile; what is published is on this machine alone, and nothing is privileged."""
+    for variable in ("BIND", "PORT", "DEGREES_PORT", "COMPOSE_FILE"):
+        copy.environ.pop(variable)
+    options = ["--profile", profile] if profile else []
+    services = json.loads(copy.compose(*options, "config", "--format", "json").stdout)["services"]
+    assert services.keys() == {"web"} | ({"dev", "degrees", "test"} if profile == "*" else {profile} - {""})
+    ports = {"web": "5000", "dev": "5000", "degrees": "5001"}
+    for name, service in services.items():
+        published = [(port["host_ip"], port["published"]) for port in service.get("ports", [])]
+        assert published == ([("127.0.0.1", ports[name])] if name in ports else [])
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+
+
+def test_dev_is_published_here_alone(copy: Project, engine: None) -> None:
+    """What runs a debugger stays on this machine, even where BIND opens the service to others."""
+    config = copy.compose("--profile", "dev", "config", "--format", "json", environ={"BIND": "0.0.0.0"}).stdout
+    published = {name: service["ports"][0]["host_ip"] for name, service in json.loads(config)["services"].items()}
+    assert published == {"web": "0.0.0.0", "dev": "127.0.0.1"}
+
+
+@pytest.mark.parametrize("user", ["12345:0", "1000:1000"])
+def test_any_user(project: Project, user: str) -> None:
+    """It serves as whatever user a platform gives it (OpenShift: a random number, of the group root)."""
+    override = json.loads((project.folder / "override.yaml").read_text())
+    override["services"]["web"]["user"] = user
+    (project.folder / "override.yaml").write_text(json.dumps(override))
+    project.compose("up", "--build", "--wait")
+    assert get(project.url() + "/Joe") == (200, "Hello, Joe!\n")
+    who = "import os; print(os.getuid(), os.getgid(), sep=':')"
+    assert project.compose("exec", "--no-TTY", "web", "python", "-c", who).stdout == f"{user}\n"
+
+
 def test_run(project: Project) -> None:
     """`docker compose run` runs another command in the same image."""
     project.compose("build")

@@ -216,7 +216,7 @@ def test_an_edit_of_the_code_runs_no_pip(project: Project) -> None:
     """After an edit of app.py only the steps that take the code in run again; after one of the lock, pip does."""
     steps_run(project)
     assert steps_run(project) == []
-    for name, expected in ("app.py", ["COPY app.py", "compileall"]), ("requirements.txt", ["pip wheel"]):
+    for name, expected in ("app.py", ["COPY .", "compileall"]), ("requirements.txt", ["pip wheel"]):
         with (project.folder / name).open("a") as file:
             file.write(f"\n# {uuid.uuid4()}\n")  # unlike any edit that an earlier run has left in the build cache
         again = steps_run(project)
@@ -265,24 +265,46 @@ def test_a_private_clone_builds_a_readable_image(project: Project, container: Ca
     )
 
 
+KEPT_OUT = [
+    *(".env", ".git/config", ".venv/bin/activate", "venv/lib/x.py", "env/lib/x.py", "node_modules/x/x.js"),
+    *(
+        "loose.sql",
+        "data.bin",
+        "secret.pem",
+        "mine/secret.key",
+        "mine/certificates/secret.pem",
+        "mine/.env",
+        "mine/.x/secret",
+    ),
+    *("mine/data.sqlite3", "mine/data.sqlite3-wal", "mine/data.db", "instance/config.py", "wheelhouse/x.whl"),
+    *("mine/__pycache__/x.pyc", "mine/deep/__pycache__/x.pyc", "mine/node_modules/x.js", "mine/README.md"),
+    *("bench/x.py", "deploy/x.py", "tools/x.py", "README.md", "Makefile", "compose.yaml", ".github/workflows/ci.yml"),
+]
+LET_IN = ["more.py", "mine/__init__.py", "mine/deep/schema.sql", "templates/x.html", "static/x/y.css", "data/x.csv"]
+
+
 def test_the_context_is_what_the_dockerfile_names(project: Project, tmp_path: pathlib.Path) -> None:
-    """What else lies in the folder is not sent to the engine: no secret, no data, no cache."""
-    for name in ("secret.pem", "data.bin", ".env", "tests/__pycache__/x.pyc"):
-        (project.folder / name).parent.mkdir(exist_ok=True)
-        (project.folder / name).write_text("secret")
+    """Of the folder, an application's modules and folders are sent to the engine: no secret, no data, no cache."""
+    for name in (*KEPT_OUT, *LET_IN):
+        (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (project.folder / name).write_text("x = 1\n")
     (project.folder / "all.Dockerfile").write_text("FROM scratch\nCOPY . /\n")
     project.run("docker", "build", "--file", "all.Dockerfile", "--output", tmp_path / "context", ".")
-    sent = {path.relative_to(tmp_path / "context").parts[0] for path in (tmp_path / "context").rglob("*")}
-    assert sent == {
-        "app.py",
-        "healthcheck.py",
-        "pyproject.toml",
-        "requirements-dev.in",
-        "requirements-dev.txt",
-        "requirements.in",
-        "requirements.txt",
-        "serve",
-        "tests",
-        "tools",
-    }
-    assert not list((tmp_path / "context").rglob("*.pyc"))
+    sent = {path.relative_to(tmp_path / "context").as_posix() for path in (tmp_path / "context").rglob("*")}
+    assert sent.isdisjoint(KEPT_OUT)
+    assert sent >= set(LET_IN)
+    names = ("examples", "healthcheck.py", "pyproject.toml", "serve", "tests", "tools", "app.py")
+    locks = {path.name for path in ROOT.glob("requirements*")}
+    assert {name.partition("/")[0] for name in sent} == {name.partition("/")[0] for name in LET_IN} | {*names, *locks}
+
+
+def test_the_image_has_what_was_sent(project: Project) -> None:
+    """What is sent of the application is in the image, where it was; the project's own files are not."""
+    for name in LET_IN:
+        (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (project.folder / name).write_text("x = 1\n")
+    project.build()
+    code = "import pathlib; print(*sorted(str(p) for p in pathlib.Path().rglob('*.*') if '.pyc' not in p.name))"
+    listed = run("docker", "run", "--rm", project.environ["COMPOSE_PROJECT_NAME"], "python", "-c", code).stdout.split()
+    own = [f"serve/{path.name}" for path in (ROOT / "serve").glob("*.py")]
+    assert listed == sorted([*LET_IN, *own, "app.py", "healthcheck.py"])

@@ -259,6 +259,23 @@ def test_pin(pin: Callable, index: Index, tmp_path: pathlib.Path) -> None:
     assert done.stderr == "lock: PACKAGE=greetings: not in requirements.txt or requirements-dev.txt\n"
 
 
+def test_pin_in_folders(pin: Callable, index: Index, tmp_path: pathlib.Path) -> None:
+    """An application in a folder has a lock of its own, and a line of its source is named with the folder."""
+    for name in ("api", "examples/degrees", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "requirements.in").write_text("other\n")
+    assert pin("greeting\n").stderr == ""
+    locks = {path.relative_to(tmp_path / "fresh").as_posix() for path in (tmp_path / "fresh").rglob("*.txt")}
+    assert locks == {*LOCKS, "api/requirements.txt", "examples/degrees/requirements.txt"}
+    assert "# via -r api/requirements.in\n" in (tmp_path / "fresh" / "api" / "requirements.txt").read_text()
+    (tmp_path / "api" / "requirements.in").write_text("others\n")
+    assert (
+        pin("greeting\n").stderr == "lock: api/requirements.in:1: no package others on the index; is the name right?\n"
+    )
+    (tmp_path / "api" / "requirements.in").write_text("./other\n")
+    assert pin("greeting\n").stderr.startswith("lock: api/requirements.in:1: './other': a path or an address")
+
+
 @pytest.fixture
 def locked(pin: Callable, tmp_path: pathlib.Path) -> Callable[..., subprocess.CompletedProcess]:
     """A function that changes a lock of two packages by hand, and compares it with fresh ones."""

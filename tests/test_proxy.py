@@ -1,9 +1,7 @@
 """Behind a real nginx: the client's address, the scheme, the host, the prefix, and nothing that a client can forge."""
 
 import json
-import os
 import pathlib
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support import Server, server, wait_until
+from tests.support import Server, listens, program, server, wait_until
 
 APPLICATION = """
 import json
@@ -90,30 +88,17 @@ def service(tmp_path: pathlib.Path) -> Iterator[Server]:
 @contextmanager
 def nginx(folder: pathlib.Path, upstream: str) -> Iterator[tuple[str, int]]:
     """Run nginx before the server at `upstream`; give its address."""
-    if not (program := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")):
-        if os.environ.get("CI"):
-            pytest.fail("nginx is not installed")
-        pytest.skip("nginx is not installed")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
     config = folder / "nginx.conf"
     config.write_text(NGINX.format(folder=folder, upstream=upstream, port=address[1]))
-    command = [program, "-p", folder, "-e", "stderr", "-c", config]
+    command = [program("nginx"), "-p", folder, "-e", "stderr", "-c", config]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: listens(address), 10, "nginx")
             yield address
         finally:
             process.terminate()
-
-
-def listens(address: tuple[str, int]) -> bool:
-    """Tell whether somebody listens there."""
-    try:
-        socket.create_connection(address, 5).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 def ask(address: tuple[str, int], path: bytes = b"/shop/where", headers: bytes = b"") -> dict:

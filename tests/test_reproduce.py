@@ -219,7 +219,21 @@ def test_every_target_is_compared() -> None:
         re.search(r"tools/reproduce.py .*\$\(filter-out .*,([a-z ]*)\)", (ROOT / "Makefile").read_text())[1].split()
     )
     assert stages - compared == {
-        *("code", "bytecode", "environment", "application", "service", "dev", "pins", "lock", "compact", "root")
+        *(
+            "pip",
+            "download",
+            "wheelhouse",
+            "code",
+            "bytecode",
+            "environment",
+            "application",
+            "service",
+            "dev",
+            "pins",
+            "lock",
+            "compact",
+            "root",
+        )
     }
 
 

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 # In this order: the second is constrained by the first.
-SOURCES = ("requirements.in", "requirements-dev.in")
-RUNTIME, DEV = LOCKS = ("requirements.txt", "requirements-dev.txt")
+OWN_SOURCES = ("requirements.in", "requirements-dev.in")
+RUNTIME, DEV = ("requirements.txt", "requirements-dev.txt")
 
 CONFLICT = re.compile(r"<<<<<<<|=======|>>>>>>>|\|\|\|\|\|\|\|")
 PIN = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^\s;]+)(\s*;.*?)?(?P<hashes>(\s+--hash=\S+)*)")
@@ -50,6 +50,18 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def sources(folder: pathlib.Path) -> list[str]:
+    """Return the files that ask for packages: the project's own, and those of applications in folders (APP_DIR)."""
+    deeper = [path.relative_to(folder) for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{OWN_SOURCES[0]}")]
+    visible = [path.as_posix() for path in deeper if not any(part.startswith(".") for part in path.parts)]
+    return [*OWN_SOURCES, *sorted(visible)]
+
+
+def locks(folder: pathlib.Path) -> list[str]:
+    """Return the locks that a folder's sources are pinned in, there or not."""
+    return [name.removesuffix(".in") + ".txt" for name in sources(folder)]
+
+
 def logical_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     """Yield the lines of a requirements file with the number that each begins at: continued ones joined, no comments.
 
@@ -71,16 +83,16 @@ def logical_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 def unreadable(path: pathlib.Path) -> Iterator[str]:
     """Tell what keeps a file from being read, or from being read as here: not there, another encoding, a conflict."""
     if not path.is_file():
-        yield f"{path.name} is missing; `git checkout {path.name}` restores it"
+        yield f"{path} is missing; `git checkout {path}` restores it"
         return
     text = path.read_text(encoding="utf-8", errors="replace")
     if text.startswith("\ufeff") or "\ufffd" in text or re.search("#.*coding[:=]", text):
-        yield f"{path.name}: takes UTF-8, without a byte order mark and without a coding line"
+        yield f"{path}: takes UTF-8, without a byte order mark and without a coding line"
     for number, line in enumerate(text.splitlines(), start=1):
         if CONFLICT.match(line):
             yield (
-                f"{path.name}:{number}: {line!r}: a conflict of a merge; take one side whole "
-                f"(git checkout --ours {path.name}) and run: make lock"
+                f"{path}:{number}: {line!r}: a conflict of a merge; take one side whole "
+                f"(git checkout --ours {path}) and run: make lock"
             )
             return
 
@@ -88,8 +100,8 @@ def unreadable(path: pathlib.Path) -> Iterator[str]:
 def wrong_in_source(path: pathlib.Path) -> Iterator[str]:
     """Tell what a file of requirements asks for that no lock can hold; a name and versions is all that it may."""
     for number, line in logical_lines(path):
-        place = f"{path.name}:{number}: {line!r}"
-        if line == f"-c {RUNTIME}" and path.name != SOURCES[0]:
+        place = f"{path}:{number}: {line!r}"
+        if line == f"-c {RUNTIME}" and path.name != OWN_SOURCES[0]:
             continue
         if line.startswith("-") and not re.match(r"(-e|--editable)\b", line):
             yield f"{place}: an option; indexes are named in pip's own configuration, for a build in that of the base"
@@ -105,7 +117,7 @@ def read_lock(path: pathlib.Path) -> tuple[dict[str, Pin], list[str]]:
     problems = []
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in logical_lines(path):
-        place = f"{path.name}:{number}"
+        place = f"{path}:{number}"
         if line.startswith("-"):
             problems.append(f"{place}: {line!r}: an option; a lock has none, so that it means the same everywhere")
             continue
@@ -116,9 +128,7 @@ def read_lock(path: pathlib.Path) -> tuple[dict[str, Pin], list[str]]:
         problems += [f"{place}: {match['name']}: {h!r} is no SHA-256" for h in found if not HASH.fullmatch(h)]
         if not found:
             problems.append(f"{place}: {match['name']}=={match['version']} has no hash")
-        places = {
-            text: f"{path.name}:{n}" for text in found for n in range(number, len(texts) + 1) if text in texts[n - 1]
-        }
+        places = {text: f"{path}:{n}" for text in found for n in range(number, len(texts) + 1) if text in texts[n - 1]}
         name = normal(match["name"])
         if name in pins:
             problems.append(f"{place}: {name} is pinned already, at {pins[name].place}")
@@ -184,21 +194,22 @@ def wrong_base(folder: pathlib.Path, dockerfile: list[str]) -> Iterator[str]:
 
 def check(folder: pathlib.Path) -> list[str]:
     """Return what is wrong with the locks and the base, as far as the files of a folder tell."""
-    problems = [] if (folder / RUNTIME).is_file() else list(unreadable(folder / RUNTIME))
-    problems += ready(folder)
+    missing = [folder / name for name in locks(folder) if name != DEV and not (folder / name).is_file()]
+    problems = [problem for path in missing for problem in unreadable(path)] + ready(folder)
     if not problems:
-        problems += contradictions(*(read_lock(folder / name)[0] for name in LOCKS))
+        problems += contradictions(*(read_lock(folder / name)[0] for name in (RUNTIME, DEV)))
     dockerfile = (folder / "Dockerfile").read_text().splitlines()
     return [*problems, *unlocked(dockerfile), *wrong_base(folder, dockerfile)]
 
 
 def ready(folder: pathlib.Path) -> list[str]:
     """Return what keeps pip-compile from reading a folder's files; that there is no lock for the runtime does not."""
-    locks = [folder / name for name in LOCKS if name == DEV or (folder / name).is_file()]
-    problems = [problem for path in [*(folder / name for name in SOURCES), *locks] for problem in unreadable(path)]
+    asking = [folder / name for name in sources(folder)]
+    there = [folder / name for name in locks(folder) if name == DEV or (folder / name).is_file()]
+    problems = [problem for path in [*asking, *there] for problem in unreadable(path)]
     if not problems:
-        problems += [problem for name in SOURCES for problem in wrong_in_source(folder / name)]
-        problems += [problem for lock in locks for problem in read_lock(lock)[1]]
+        problems += [problem for path in asking for problem in wrong_in_source(path)]
+        problems += [problem for lock in there for problem in read_lock(lock)[1]]
     return problems
 
 
@@ -213,24 +224,30 @@ def pin(folder: pathlib.Path, into: pathlib.Path, options: list[str]) -> list[st
     """
     if problems := ready(folder):
         return problems
-    there = [folder / name for name in LOCKS if (folder / name).is_file()]
-    names = {name for lock in there for name in read_lock(lock)[0]}
+    there = [name for name in locks(folder) if (folder / name).is_file()]
+    names = {name for lock in there for name in read_lock(folder / lock)[0]}
     for option in options:
         wanted = re.match(r"--upgrade-package=([\w.-]*)", option)
         if wanted and normal(wanted[1]) not in names:
-            return [f"PACKAGE={wanted[1]}: not in {' or '.join(LOCKS)}"]
+            return [f"PACKAGE={wanted[1]}: not in {' or '.join(there)}"]
     with tempfile.TemporaryDirectory() as scratch:
-        for path in [*(folder / name for name in SOURCES), *there]:
-            shutil.copy(path, scratch)
-        for name in SOURCES:
+        for name in [*sources(folder), *there]:
+            copy(folder, pathlib.Path(scratch), name)
+        for name in sources(folder):
             # The third -v makes pip say why it has left out an index. All of it is only read here.
             command = [pathlib.Path(sys.executable).with_name("pip-compile"), "-vvv", *SETTINGS, *options, name]
             done = subprocess.run(command, cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if problem := (explain if done.returncode else yanked)(done.stdout, folder / name):
                 return [problem]
-        for name in LOCKS:
-            shutil.copy(pathlib.Path(scratch) / name, into)
+        for name in locks(folder):
+            copy(pathlib.Path(scratch), into, name)
     return []
+
+
+def copy(folder: pathlib.Path, into: pathlib.Path, name: str) -> None:
+    """Copy one file from a folder to the same place in another."""
+    (into / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / name, into / name)
 
 
 def yanked(output: str, source: pathlib.Path) -> str | None:
@@ -263,7 +280,7 @@ def explain(output: str, source: pathlib.Path) -> str:
         reasons = "; ".join(line.strip() for line in clash[2].strip().splitlines())
         none = re.search(r"no matching distributions available for your environment:\s+(\S+)", output)
         hint = f"; the index has no release of {none[1]} that would fit" if none else ""
-        return f"{source.name}: {clash[1]} because of conflicts: {reasons}{hint}"
+        return f"{source}: {clash[1]} because of conflicts: {reasons}{hint}"
     if missing := re.search(r"ERROR: Could not find a version .* requirement (.+) \(from versions: (.*)\)", output):
         wanted, versions = missing.groups()
         if versions == "none":
@@ -273,30 +290,30 @@ def explain(output: str, source: pathlib.Path) -> str:
     message = re.sub(r"\s+", " ", re.sub(r"^[\w.]+: ", "", last))
     if number := re.search(r" \(from line (\d+) of (\S+)\)", message):
         return f"{number[2]}:{number[1]}: {message.replace(number[0], '')}"
-    return f"{source.name}: {message[-300:]}"
+    return f"{source}: {message[-300:]}"
 
 
 def place_of(requirement: str, source: pathlib.Path) -> str:
     """Return the line of a source that asks for a package; the source alone if another package asks for it."""
     for number, line in logical_lines(source):
         if normal(re.match(r"[\w.-]*", line)[0]) == normal(re.match(r"[\w.-]*", requirement)[0]):
-            return f"{source.name}:{number}"
-    return source.name
+            return f"{source}:{number}"
+    return str(source)
 
 
 def place_of_hash(digest: str, source: pathlib.Path) -> str:
     """Return the line of the lock, beside a source, that has a hash."""
-    for name in LOCKS:
-        pins = read_lock(source.parent / name)[0] if (source.parent / name).is_file() else {}
+    for lock in {source.with_suffix(".txt"), source.with_name(RUNTIME)}:
+        pins = read_lock(lock)[0] if lock.is_file() else {}
         for pin in pins.values():
             if place := pin.hashes.get(f"sha256:{digest}"):
                 return place
-    return source.name
+    return str(source)
 
 
 def diff(folder: pathlib.Path, fresh: pathlib.Path) -> Iterator[str]:
     """Tell where the locks are not what pip-compile makes of the sources and the index."""
-    for name in LOCKS:
+    for name in locks(folder):
         if (folder / name).read_bytes() == (fresh / name).read_bytes():
             continue
         ours, theirs = read_lock(folder / name)[0], read_lock(fresh / name)[0]
