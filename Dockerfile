@@ -119,10 +119,11 @@ PYTHON
 # ---- code: the application and what runs it, in the modes and with the times of no particular clone --------------------
 FROM ${PYTHON_IMAGE} AS code
 ARG APP_DIR
-# As much of it as .dockerignore lets in. With APP_DIR=. that is the project's own files too.
+# As much of it as .dockerignore lets in. Where serve lies, that is the project's own files too.
 WORKDIR /code/app
 COPY ${APP_DIR} ./
-RUN rm -rf examples pyproject.toml requirements*.in requirements*.txt tests tools
+RUN rm -f requirements*.in requirements*.txt \
+    && if [ -d serve ]; then rm -rf examples pyproject.toml tests tools; fi
 COPY healthcheck.py ./
 COPY serve ./serve
 COPY pyproject.toml /code/test/

@@ -10,23 +10,35 @@ dotenv = $(shell sed -n -e 's/^ *\(export  *\)\{0,1\}$(1) *= *["'\'']\{0,1\}\([^
 BIND := $(or $(BIND),$(call dotenv,BIND),127.0.0.1)
 PORT := $(or $(PORT),$(call dotenv,PORT),5000)
 TARGET := $(or $(TARGET),$(call dotenv,TARGET),runtime)
+APP := $(or $(APP),$(call dotenv,APP))
 APP_DIR := $(patsubst %/,%,$(or $(APP_DIR),$(call dotenv,APP_DIR),.))
+$(if $(filter /% ..%,$(APP_DIR)),$(error APP_DIR=$(APP_DIR): takes a folder inside of the project))
 LOCK := $(if $(filter-out .,$(APP_DIR)),$(APP_DIR)/)requirements.txt
 RUNTIME := .venv/runtime$(if $(filter-out .,$(APP_DIR)),-$(subst /,-,$(APP_DIR)))
-PIP_CONF := $(abspath $(or $(PIP_CONF),$(call dotenv,PIP_CONF)))
-CA_BUNDLE := $(abspath $(or $(CA_BUNDLE),$(call dotenv,CA_BUNDLE)))
-WHEELHOUSE := $(abspath $(or $(WHEELHOUSE),$(call dotenv,WHEELHOUSE)))
+# Not abspath, which takes a space for the end of a path.
+absolute = $(if $(filter-out /%,$(firstword $(1))),$(CURDIR)/)$(1)
+PIP_CONF := $(call absolute,$(or $(PIP_CONF),$(call dotenv,PIP_CONF)))
+CA_BUNDLE := $(call absolute,$(or $(CA_BUNDLE),$(call dotenv,CA_BUNDLE)))
+WHEELHOUSE := $(call absolute,$(or $(WHEELHOUSE),$(call dotenv,WHEELHOUSE)))
 PYTHON_IMAGE := $(or $(PYTHON_IMAGE),$(call dotenv,PYTHON_IMAGE),$(shell sed -n 's/^ARG PYTHON_IMAGE=//p' Dockerfile))
 export PYTHON_IMAGE APP_DIR PIP_CONF CA_BUNDLE WHEELHOUSE
 
 COMMA := ,
-# What each build takes; and a pip outside of one. No network, with wheels from a folder.
+# What each build takes. No network, with wheels from a folder.
 INPUTS := --build-arg PYTHON_IMAGE --build-arg APP_DIR \
 	$(if $(PIP_CONF),--secret 'id=pip_conf$(COMMA)src=$(PIP_CONF)') \
 	$(if $(CA_BUNDLE),--secret 'id=ca_bundle$(COMMA)src=$(CA_BUNDLE)')
 OFFLINE := $(if $(WHEELHOUSE),--network none --build-context 'wheelhouse=$(WHEELHOUSE)')
-$(if $(PIP_CONF),$(eval export PIP_CONFIG_FILE := $(PIP_CONF)))
-$(if $(CA_BUNDLE),$(eval export PIP_CERT := $(CA_BUNDLE)))
+# The same for what does not run in a build; an empty variable would be another thing than none.
+ifneq ($(APP),)
+export APP
+endif
+ifneq ($(PIP_CONF),)
+export PIP_CONFIG_FILE := $(PIP_CONF)
+endif
+ifneq ($(CA_BUNDLE),)
+export PIP_CERT := $(CA_BUNDLE)
+endif
 
 # Not $(MAKE), which make would run under `make --dry-run` too.
 SELF := $(MAKE) --silent
@@ -41,24 +53,25 @@ NO_ENGINE := No Docker Engine answers
 NO_BASE := The base image $(PYTHON_IMAGE) can neither be found nor pulled
 WITHOUT = without=; if ! { $(ENGINE); }; then without="$(NO_ENGINE)"; elif ! $(BASE); then without="$(NO_BASE)"; fi
 # compose itself knows no context that is not always there.
-COMPOSE_UP = $(if $(WHEELHOUSE),docker build $(INPUTS) $(OFFLINE) --target $(TARGET) \
-	--tag "$$(docker compose config --images web)" . && docker compose up --wait,docker compose up --build --wait)
+COMPOSE_BUILD = $(if $(WHEELHOUSE),docker build $(INPUTS) $(OFFLINE) --target $(TARGET) \
+	--tag "$$(docker compose config --images web)" .,docker compose build)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 up: $(LOCK) ## build, start, wait until healthy, print the address; without Docker, serve from .venv in the background
 	@$(WITHOUT); if [ -n "$$without" ]; then echo "$$without: serving from a virtual environment instead."; $(SELF) up-venv; \
-	else $(UNPINNED); $(SELF) down-venv; { $(COMPOSE_UP); } || { docker compose logs --tail 20 web >&2; exit 1; }; \
+	else $(UNPINNED); $(COMPOSE_BUILD) && $(SELF) down-venv || exit; \
+	docker compose up --wait || { docker compose logs --tail 20 web >&2; exit 1; }; \
 	echo "http://$$(docker compose port web 5000)"; fi
 
-down: down-venv ## stop and remove what `make up` and `make dev` started
-	@if $(ENGINE); then docker compose --profile dev down; fi
+down: down-venv ## stop and remove what runs of it, whichever way it was started; volumes stay
+	@if $(ENGINE); then docker compose --profile '*' down; fi
 
 dev: export DEV_USER = $(shell id -u):$(shell id -g)
 dev: $(LOCK) ## serve the folder while you edit it, on this machine alone, until Ctrl-C
 	@$(WITHOUT); if [ -n "$$without" ]; then echo "$$without: serving from a virtual environment instead."; $(SELF) dev-venv; \
-	else $(UNPINNED); docker compose up --build --watch dev; fi
+	else $(UNPINNED); $(SELF) down-venv; docker compose --progress quiet stop web; docker compose up --build --watch dev; fi
 
 serve: export WAITRESS_LISTEN = $(BIND):$(PORT)
 serve: $(RUNTIME) ## serve from .venv in the foreground
@@ -90,7 +103,7 @@ check: python ## lint; fail if a lock is not what its .in file asks for, or the 
 wheelhouse: $(LOCK) ## collect the locked wheels in the folder wheelhouse; WHEELHOUSE=wheelhouse then builds without network
 	@$(ENGINE) || { echo "$(NO_ENGINE): it is the image's Python that says which wheels it takes." >&2; exit 1; }
 	@new=$$(mktemp -d .wheelhouse.XXXXXX) || exit; trap 'rm -rf "$$new"' EXIT; trap 'exit 1' HUP INT TERM; \
-	docker buildx build --quiet $(INPUTS) $(PLATFORMS:%=--platform %) --target wheelhouse --output "$$new/wheelhouse" . \
+	docker buildx build --quiet $(INPUTS) --target wheelhouse --output "$$new/wheelhouse" . \
 	&& rm -rf wheelhouse && mv "$$new/wheelhouse" . && ls wheelhouse
 
 image: ## build this commit, with SBOM and provenance, for PLATFORMS, as flask-helloworld.oci.tar
@@ -214,7 +227,7 @@ $(sort .venv/runtime $(RUNTIME)): | python
 SERVE = cd '$(APP_DIR)' && exec env PYTHONPATH='$(CURDIR)' '$(CURDIR)/.venv/bin/python' -m serve
 
 dev-venv: $(RUNTIME)
-	cd '$(APP_DIR)' && '$(CURDIR)/.venv/bin/flask' --app "$${APP:-app:app}" run --debug --port $(PORT)
+	cd '$(APP_DIR)' && '$(CURDIR)/.venv/bin/flask' --app "$${APP:-app:app}" run --debug --host 127.0.0.1 --port $(PORT)
 
 # The log says when it listens: a probe alone might ask something else on that port. 150 times 0.1 s at most.
 up-venv: export WAITRESS_LISTEN = $(BIND):$(PORT)

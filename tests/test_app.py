@@ -1,5 +1,7 @@
 """The routes, the names that are greeted and those that are not, the errors."""
 
+import http.client
+import pathlib
 import re
 from collections.abc import Callable
 from urllib.parse import unquote_to_bytes
@@ -7,7 +9,8 @@ from urllib.parse import unquote_to_bytes
 import pytest
 
 import app as greeting
-from tests.support import ROOT
+from tests.support import ROOT, server
+from tests.test_shutdown import until_said
 
 
 @pytest.fixture
@@ -148,3 +151,19 @@ def test_errors_are_one_line_of_text(
 def test_nosniff(ask: Callable, method: str, path: str) -> None:
     """Whatever the answer, a browser is told to take its type as declared."""
     assert ask(path, method).headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_greeting_service_drains(tmp_path: pathlib.Path) -> None:
+    """Told to stop, the server has it say so: /health turns to 503, not to be cached, in the same form."""
+    (tmp_path / "app.py").write_bytes((ROOT / "app.py").read_bytes())
+    with server(tmp_path, WAITRESS_LISTEN="127.0.0.1:0", SHUTDOWN_DELAY="1") as running:
+        address = running.listening()[0].removeprefix("http://")
+        running.stop()
+        until_said(running, "Draining")
+        connection = http.client.HTTPConnection(address, timeout=10)
+        connection.request("GET", "/health")
+        answered = connection.getresponse()
+        assert (answered.status, answered.read()) == (503, b'{"status": "draining"}\n')
+        assert answered.headers["Cache-Control"] == "no-store"
+        connection.close()
+        assert running.ended() == 0

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.support import ROOT, Project, free_port, get, run, wait_until
+from tests.support import ROOT, Project, free_port, get, listens, run, wait_until
 
 if not (ROOT / "tools").is_dir():
     pytest.skip("the image has no tools", allow_module_level=True)
@@ -45,9 +45,12 @@ class Dev:
             return answered == status and text in body
         return False
 
-    def until(self, text: str) -> None:
-        """Wait until `/` is answered with a text."""
-        wait_until(lambda: self.answers(text), 60, f"{text!r}; the log: {self.log.read_text()[-2000:]}")
+    def until(self, text: str, seconds: int = 10) -> None:
+        """Wait until `/` is answered with a text: after an edit some seconds, on a machine that has other work too."""
+        try:
+            wait_until(lambda: self.answers(text), seconds, repr(text))
+        except AssertionError as late:
+            raise AssertionError(f"{late}; its log: {self.log.read_text()[-2000:]}") from None
 
     def container(self) -> str:
         """Return the id of the container that runs."""
@@ -70,7 +73,7 @@ def dev(project: Project) -> Iterator[Dev]:
     project.environ |= {"PORT": str(free_port("127.0.0.1")), "BIND": "0.0.0.0"}
     running = Dev(project)
     try:
-        running.until("one hello")
+        running.until("one hello", 120)
         yield running
     finally:
         running.interrupt()
@@ -111,7 +114,7 @@ def test_a_changed_lock_rebuilds(dev: Dev) -> None:
     with (dev.project.folder / "requirements.in").open("a") as requirements:
         requirements.write("humanize\n")
     dev.project.run("make", "lock")
-    dev.until("one 1.0 million")
+    dev.until("one 1.0 million", 120)
     assert dev.container() != before
 
 
@@ -125,6 +128,35 @@ def test_it_is_for_this_machine_alone(dev: Dev) -> None:
     dev.interrupt()
     dev.process.wait(60)
     assert dev.container() == ""
+
+
+def test_it_takes_the_place_of_up(project: Project) -> None:
+    """After `make up`, on the same port, `make dev` serves; `make down` leaves nothing of either."""
+    project.environ["PORT"] = str(free_port("127.0.0.1"))
+    project.run("make", "up")
+    running = Dev(project)
+    try:
+        running.until("Hello", 120)
+    finally:
+        running.interrupt()
+        running.process.wait(60)
+    project.run("make", "down")
+    assert project.compose("--profile", "*", "ps", "--all", "--quiet").stdout == ""
+
+
+def test_without_an_engine(copy: Project) -> None:
+    """Without an engine it serves from a virtual environment, on this machine alone too, whatever Flask is told."""
+    port = free_port("127.0.0.1")
+    copy.environ |= {"DOCKER_HOST": "unix:///nonexistent.sock", "PORT": str(port), "FLASK_RUN_HOST": "0.0.0.0"}
+    copy.run("make", ".venv/runtime")
+    running = Dev(copy)
+    try:
+        wait_until(lambda: listens(("127.0.0.1", port)), 30, "it to listen")
+        assert get(f"http://127.0.0.1:{port}/health")[0] == 200
+        assert not listens(("127.0.0.2", port))
+    finally:
+        running.interrupt()
+        running.process.wait(60)
 
 
 def test_in_no_image(image: str) -> None:

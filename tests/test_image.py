@@ -266,6 +266,7 @@ def test_a_private_clone_builds_a_readable_image(project: Project, container: Ca
 
 
 KEPT_OUT = [
+    *(f"mine/{name}" for name in ("venv/x.py", "instance/x.py", "pip.conf", "x.p12", "id_rsa", "prod.env", "x.db-wal")),
     *(".env", ".git/config", ".venv/bin/activate", "venv/lib/x.py", "env/lib/x.py", "node_modules/x/x.js"),
     *(
         "loose.sql",
@@ -280,7 +281,15 @@ KEPT_OUT = [
     *("mine/__pycache__/x.pyc", "mine/deep/__pycache__/x.pyc", "mine/node_modules/x.js", "mine/README.md"),
     *("bench/x.py", "deploy/x.py", "tools/x.py", "README.md", "Makefile", "compose.yaml", ".github/workflows/ci.yml"),
 ]
-LET_IN = ["more.py", "mine/__init__.py", "mine/deep/schema.sql", "templates/x.html", "static/x/y.css", "data/x.csv"]
+LET_IN = [
+    "static/.well-known/security.txt",
+    "more.py",
+    "mine/__init__.py",
+    "mine/deep/schema.sql",
+    "templates/x.html",
+    "static/x/y.css",
+    "data/x.csv",
+]
 
 
 def test_the_context_is_what_the_dockerfile_names(project: Project, tmp_path: pathlib.Path) -> None:
@@ -304,7 +313,10 @@ def test_the_image_has_what_was_sent(project: Project) -> None:
         (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (project.folder / name).write_text("x = 1\n")
     project.build()
-    code = "import pathlib; print(*sorted(str(p) for p in pathlib.Path().rglob('*.*') if '.pyc' not in p.name))"
-    listed = run("docker", "run", "--rm", project.environ["COMPOSE_PROJECT_NAME"], "python", "-c", code).stdout.split()
+    code = """
+        import pathlib
+        print(*(path for path in pathlib.Path().rglob("*") if path.is_file() and path.suffix != ".pyc"))
+        """
+    listed = sorted(python(project.environ["COMPOSE_PROJECT_NAME"], code).split())
     own = [f"serve/{path.name}" for path in (ROOT / "serve").glob("*.py")]
     assert listed == sorted([*LET_IN, *own, "app.py", "healthcheck.py"])

@@ -180,6 +180,7 @@ def leaks(archive: pathlib.Path, *found: bytes) -> list[str]:
             if not blob.isfile():
                 continue
             content = image.extractfile(blob).read()
+            assert not content.startswith(b"\x28\xb5\x2f\xfd"), "packed with zstd, into which this does not look"
             try:
                 with tarfile.open(fileobj=io.BytesIO(content)) as layer:
                     parts = [(file.name, layer.extractfile(file).read() if file.isfile() else b"") for file in layer]
@@ -227,7 +228,8 @@ def test_a_private_index(acme: Project, index: Index, tmp_path: pathlib.Path) ->
 
 def leaks_in_cache(project: Project, index: Index) -> str:
     """Return the files of pip's cache between builds that have the index's password."""
-    look = "RUN --mount=type=cache,target=/root/.cache/pip ls /root/.cache/pip/* && ! grep -rla '{}' /root/.cache/pip"
+    caches = "--mount=type=cache,target=/root/.cache/pip --mount=type=cache,target=/root/.cache/pip-tools"
+    look = f"RUN {caches} ls /root/.cache/pip/* /root/.cache/pip-tools/* && ! grep -rla '{{}}' /root/.cache"
     (project.folder / "look.Dockerfile").write_text(
         f"ARG PYTHON_IMAGE\nFROM ${{PYTHON_IMAGE}}\n{look.format(index.password)}\n"
     )
@@ -329,7 +331,7 @@ def test_a_build_without_network(offline: Project, target: str) -> None:
     """With the wheels no step of the build has a network, none from the cache either; what it builds serves."""
     offline.build(*OFFLINE, f"--target={target}")
     offline.compose("up", "--wait")
-    assert get(offline.url() + "/Joe") == (200, "Hello, Joe!\n")
+    assert get(offline.url() + "/health")[0] == 200
 
 
 def test_up_without_network(offline: Project, target: str) -> None:
@@ -337,7 +339,7 @@ def test_up_without_network(offline: Project, target: str) -> None:
     (offline.folder / ".env").write_text("WHEELHOUSE=wheelhouse\n")
     offline.environ["TARGET"] = target
     offline.run("make", "up")
-    assert get(offline.url() + "/Joe") == (200, "Hello, Joe!\n")
+    assert get(offline.url() + "/health")[0] == 200
     network = (
         "RUN --mount=type=bind,from=wheelhouse,target=/w python -c 'import urllib.request as u; u.urlopen(\"{}\")'"
     )

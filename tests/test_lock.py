@@ -261,12 +261,12 @@ def test_pin(pin: Callable, index: Index, tmp_path: pathlib.Path) -> None:
 
 def test_pin_in_folders(pin: Callable, index: Index, tmp_path: pathlib.Path) -> None:
     """An application in a folder has a lock of its own, and a line of its source is named with the folder."""
-    for name in ("api", "examples/degrees", ".hidden"):
+    for name in ("api", "examples/degrees", "a/b/c", ".hidden", "deploy/api", "a/venv/lib"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "requirements.in").write_text("other\n")
     assert pin("greeting\n").stderr == ""
     locks = {path.relative_to(tmp_path / "fresh").as_posix() for path in (tmp_path / "fresh").rglob("*.txt")}
-    assert locks == {*LOCKS, "api/requirements.txt", "examples/degrees/requirements.txt"}
+    assert locks == {*LOCKS, "api/requirements.txt", "examples/degrees/requirements.txt", "a/b/c/requirements.txt"}
     assert "# via -r api/requirements.in\n" in (tmp_path / "fresh" / "api" / "requirements.txt").read_text()
     (tmp_path / "api" / "requirements.in").write_text("others\n")
     assert (

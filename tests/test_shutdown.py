@@ -1,6 +1,5 @@
 """How the server ends: what it still answers, what it tells clients, how long it waits."""
 
-import http.client
 import pathlib
 import signal
 import socket
@@ -350,20 +349,4 @@ def test_application_that_ignores_signals(start: Callable, tmp_path: pathlib.Pat
     with start() as running:
         running.listening()
         running.stop()
-        assert running.ended() == 0
-
-
-def test_the_greeting_service_drains(tmp_path: pathlib.Path) -> None:
-    """The application of this project says so itself: its /health turns to 503, not to be cached, in the same form."""
-    (tmp_path / "app.py").write_bytes((pathlib.Path(__file__).parent.parent / "app.py").read_bytes())
-    with server(tmp_path, WAITRESS_LISTEN="127.0.0.1:0", SHUTDOWN_DELAY="1") as running:
-        address = running.listening()[0].removeprefix("http://")
-        running.stop()
-        until_said(running, "Draining")
-        connection = http.client.HTTPConnection(address, timeout=10)
-        connection.request("GET", "/health")
-        answered = connection.getresponse()
-        assert (answered.status, answered.read()) == (503, b'{"status": "draining"}\n')
-        assert answered.headers["Cache-Control"] == "no-store"
-        connection.close()
         assert running.ended() == 0

@@ -90,32 +90,22 @@ def test_a_package_with_a_factory(mine: Project) -> None:
     """APP names the factory of a package, whose templates and data are in the image; app.py is not needed."""
     (mine.folder / "app.py").unlink()
     write(mine.folder, PACKAGE)
-    with (mine.folder / "compose.yaml").open("r+") as file:
-        text = file.read()
-        file.seek(0)
-        file.write(text.replace("    image: flask-helloworld\n", f"    image: flask-helloworld\n{APP}"))
+    (mine.folder / ".env").write_text("APP=myapp:create_app()\n")
     mine.compose("up", "--build", "--wait")
     assert get(mine.url() + "/") == (200, "from a package")
     assert get(mine.url() + "/data") == (200, "SELECT 1\n")
-
-
-APP = """\
-    environment:
-      APP: myapp:create_app()
-"""
 
 
 def test_an_application_in_a_folder(mine: Project) -> None:
     """APP_DIR names a folder with an application and a lock; what lies beside that is not in the image."""
     write(mine.folder, {f"services/api/{name}": text for name, text in PACKAGE.items()})
     (mine.folder / "services" / "api" / "requirements.in").write_text("Flask ~= 3.1\nwaitress ~= 3.0\n")
-    mine.environ |= {"APP_DIR": "services/api", "APP": "myapp:create_app()"}
-    (mine.folder / "services" / "api" / "app.py").write_text("from myapp import create_app\n\napp = create_app()\n")
+    (mine.folder / ".env").write_text("APP_DIR=services/api\nAPP=myapp:create_app()\n")
     mine.run("make", "lock")
     mine.run("make", "up")
     assert get(mine.url() + "/data") == (200, "SELECT 1\n")
     listed = mine.compose("exec", "--no-TTY", "web", "python", "-c", "import os; print(*sorted(os.listdir()))").stdout
-    assert listed == "__pycache__ app.py healthcheck.py myapp serve\n"
+    assert listed == "__pycache__ healthcheck.py myapp serve\n"
 
 
 def test_a_folder_without_an_engine(copy: Project) -> None:
@@ -130,6 +120,14 @@ def test_a_folder_without_an_engine(copy: Project) -> None:
         assert get(url + "/data") == (200, "SELECT 1\n")
     finally:
         copy.run("make", "down")
+
+
+@pytest.mark.parametrize("folder", ["/etc", "../other"])
+def test_a_folder_elsewhere(copy: Project, folder: str) -> None:
+    """An APP_DIR that no build could see is named, and what it takes."""
+    done = copy.run("make", "up", check=False, environ={"APP_DIR": folder})
+    assert done.returncode != 0
+    assert f"APP_DIR={folder}: takes a folder inside of the project" in done.stderr
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "bench"])

@@ -22,6 +22,8 @@ from typing import NamedTuple
 # In this order: the second is constrained by the first.
 OWN_SOURCES = ("requirements.in", "requirements-dev.in")
 RUNTIME, DEV = ("requirements.txt", "requirements-dev.txt")
+# Folders of which, by .dockerignore, a build does not know; as it does not of hidden ones.
+UNSEEN = {"bench", "build", "deploy", "dist", "env", "instance", "node_modules", "tools", "venv", "wheelhouse"}
 
 CONFLICT = re.compile(r"<<<<<<<|=======|>>>>>>>|\|\|\|\|\|\|\|")
 PIN = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^\s;]+)(\s*;.*?)?(?P<hashes>(\s+--hash=\S+)*)")
@@ -52,9 +54,13 @@ def normal(name: str) -> str:
 
 def sources(folder: pathlib.Path) -> list[str]:
     """Return the files that ask for packages: the project's own, and those of applications in folders (APP_DIR)."""
-    deeper = [path.relative_to(folder) for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{OWN_SOURCES[0]}")]
-    visible = [path.as_posix() for path in deeper if not any(part.startswith(".") for part in path.parts)]
-    return [*OWN_SOURCES, *sorted(visible)]
+    deeper = []
+    for top, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in UNSEEN]
+        path = pathlib.Path(top).relative_to(folder)
+        if path.parts and OWN_SOURCES[0] in files:
+            deeper.append((path / OWN_SOURCES[0]).as_posix())
+    return [*OWN_SOURCES, *sorted(deeper)]
 
 
 def locks(folder: pathlib.Path) -> list[str]:
@@ -303,7 +309,7 @@ def place_of(requirement: str, source: pathlib.Path) -> str:
 
 def place_of_hash(digest: str, source: pathlib.Path) -> str:
     """Return the line of the lock, beside a source, that has a hash."""
-    for lock in {source.with_suffix(".txt"), source.with_name(RUNTIME)}:
+    for lock in (source.with_suffix(".txt"), source.with_name(RUNTIME)):
         pins = read_lock(lock)[0] if lock.is_file() else {}
         for pin in pins.values():
             if place := pin.hashes.get(f"sha256:{digest}"):

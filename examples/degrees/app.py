@@ -8,14 +8,16 @@ import os
 import pathlib
 import re
 import sqlite3
+import time
 from contextlib import closing
 
 from flask import Flask, Response, abort, g, jsonify, request, url_for
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import BaseConverter
 
 # An absolute path, because SQLite takes some names, such as an empty one, for a database in memory.
 DATABASE = pathlib.Path(os.environ.get("DATABASE", "degrees.sqlite3")).absolute()
-BUSY_TIMEOUT = 5  # seconds that a writer waits for another one
+BUSY_TIMEOUT = 2  # seconds that a writer waits for another one: less than a probe waits (3 s)
 
 SEED = [(0, 1990, 5818), (1, 1991, 5725), (2, 1992, 6005), (3, 1993, 6123), (4, 1994, 6096)]
 # AUTOINCREMENT: what is deleted leaves its id to nobody.
@@ -31,7 +33,20 @@ LARGEST = 2**63 - 1  # that SQLite's INTEGER holds
 FIELDS = {"year": (1, 9999), "degrees": (0, LARGEST)}  # smallest and largest of each
 MOST_AT_ONCE = 1000
 
+
+class Id(BaseConverter):
+    """An id in a path: digits, and no more than SQLite holds; anything else is a path that is not there."""
+
+    regex = "[0-9]{1,18}"
+
+    def to_python(self, value: str) -> int:
+        """Return the number."""
+        return int(value)
+
+
 app = Flask(__name__, static_folder=None)
+app.url_map.converters["id"] = Id
+app.url_map.merge_slashes = False  # no redirection, which would be HTML
 app.json.sort_keys = False
 app.config["MAX_CONTENT_LENGTH"] = 4096  # bytes: an object of two numbers is far smaller
 
@@ -51,7 +66,7 @@ def prepare() -> None:
     try:
         with closing(connect()) as connection, connection:
             # Readers do not wait for a writer, nor it for them; what is committed outlives a kill: https://sqlite.org/wal.html
-            connection.execute("PRAGMA journal_mode = WAL")
+            patiently(connection, "PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
             if not connection.execute("PRAGMA user_version").fetchone()[0]:
                 connection.execute(SCHEMA)
@@ -60,6 +75,25 @@ def prepare() -> None:
     except sqlite3.Error as error:
         problem = f"DATABASE={str(DATABASE)!r}: {error}; takes a file in a folder that can be written"
         raise SystemExit(problem) from error
+
+
+def patiently(connection: sqlite3.Connection, statement: str) -> None:
+    """Run a statement for which SQLite does not wait: of two that change the journal's mode it refuses one at once."""
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            connection.execute(statement)
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
+def is_busy(error: sqlite3.OperationalError) -> bool:
+    """Tell whether others have the database; the bits above the first eight say more: https://sqlite.org/rescode.html."""
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def query(statement: str, *values: int) -> list[dict[str, int]]:
@@ -96,10 +130,10 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def body(*also: str) -> dict[str, int]:
     """Return year and degrees, and what else is allowed, from the request's body; answer 400 or 415 if it is wrong."""
-    if not request.is_json:
+    if request.mimetype != "application/json":
         abort(415, "takes Content-Type: application/json")
     try:
-        given = json.loads(request.get_data(), object_pairs_hook=once)
+        given = json.loads(request.get_data().decode(), object_pairs_hook=once)  # UTF-8 alone: RFC 8259, 8.1
     except (ValueError, RecursionError) as error:
         abort(400, f"the body is not JSON: {error}")
     if not isinstance(given, dict):
@@ -122,7 +156,7 @@ def every() -> Response:
     return jsonify(query("SELECT * FROM degrees WHERE year >= ? ORDER BY year LIMIT ?", start, limit))
 
 
-ONE = f"/degrees/<int(max={LARGEST}):key>"
+ONE = "/degrees/<id:key>"
 
 
 @app.get(ONE)
@@ -152,7 +186,7 @@ def add() -> Response:
 def replace(key: int) -> Response:
     """Give one year another content, whole."""
     given = body("id")
-    if given.get("id", key) != key:
+    if "id" in given and (type(given["id"]) is not int or given["id"] != key):
         abort(400, f"id: takes {key}, as in the path")
     return jsonify(found(written(given, "UPDATE degrees SET year = ?, degrees = ? WHERE id = ? RETURNING *", key), key))
 
@@ -202,7 +236,7 @@ def one_line(error: HTTPException) -> Response:
 @app.errorhandler(sqlite3.OperationalError)
 def busy(error: sqlite3.OperationalError) -> Response:
     """Answer 503 if other writers have kept the database for longer than BUSY_TIMEOUT: a client may try again."""
-    if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # what is above says more: https://sqlite.org/rescode.html
+    if not is_busy(error):
         raise error
     answer = jsonify(error="Service Unavailable: others are writing; try again")
     answer.status_code = 503
