@@ -1,6 +1,6 @@
 """Where PyPI is not reachable as it is: a private index with a password and a CA of one's own, a proxy, no network.
 
-The index is pypiserver, behind an nginx with TLS and a password; the proxy is tinyproxy.
+The index is made by dumb-pypi and served by nginx, with TLS and a password; the proxy is tinyproxy.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -28,6 +28,9 @@ if sys.platform != "linux":
     pytest.skip("a build reaches this machine by the bridge's address on Linux", allow_module_level=True)
 
 USER = "me"
+# Layers of the cache may be packed in ways that this Python cannot read.
+UNPACKED = "compression=uncompressed,force-compression=true"
+ACME = "acme-1.0-py3-none-any.whl"
 NGINX = """
 daemon off;
 master_process off;
@@ -47,11 +50,17 @@ http {{
         ssl_certificate_key {folder}/server.key;
         auth_basic index;
         auth_basic_user_file {folder}/passwords;
-        location / {{
-            proxy_pass http://127.0.0.1:{upstream};
-            proxy_set_header Host $http_host;
-            # So that pip keeps what it gets, in its cache.
-            add_header Cache-Control max-age=600;
+        root {folder}/index;
+        types {{
+            text/html html;
+        }}
+        # So that pip keeps what it gets, in its cache.
+        add_header Cache-Control max-age=600;
+        location /simple/ {{
+            try_files $uri/index.html @pypi;
+        }}
+        location @pypi {{
+            return 302 https://pypi.org$uri;
         }}
     }}
 }}
@@ -142,18 +151,23 @@ def index(base: str, host: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
     run(
         "docker", "run", "--rm", f"--volume={folder}:/certificates:z", base, "sh", "-ec", CERTIFICATES.format(host=host)
     )
-    (folder / "packages").mkdir()
-    name = "acme-1.0-py3-none-any.whl"
-    (folder / "packages" / name).write_bytes(wheel("acme", "1.0", "GREETING = 'from the private index'\n"))
+    (folder / "packages").write_text(f"{ACME}\n")
+    pages = [
+        "--package-list",
+        folder / "packages",
+        "--packages-url",
+        "../../packages",
+        "--output-dir",
+        folder / "index",
+    ]
+    run(sys.executable, "-m", "dumb_pypi.main", *pages)
+    (folder / "index" / "packages").mkdir()
+    (folder / "index" / "packages" / ACME).write_bytes(wheel("acme", "1.0", "GREETING = 'from the private index'\n"))
     password = secrets.token_hex(16)
     (folder / "passwords").write_text(f"{USER}:{{PLAIN}}{password}\n")
-    upstream, port = free_port("127.0.0.1"), free_port(host)
-    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, host=host, port=port, upstream=upstream))
-    pypiserver = [sys.executable, "-m", "pypiserver", "run", "--interface", "127.0.0.1", "--port", upstream]
-    nginx = [program("nginx"), "-p", folder, "-e", "stderr", "-c", folder / "nginx.conf"]
-    with ExitStack() as stack:
-        stack.enter_context(running(upstream, "127.0.0.1", *pypiserver, folder / "packages"))
-        stack.enter_context(running(port, host, *nginx))
+    port = free_port(host)
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, host=host, port=port))
+    with running(port, host, program("nginx"), "-p", folder, "-e", "stderr", "-c", folder / "nginx.conf"):
         yield Index(folder, f"{host}:{port}", password)
 
 
@@ -168,7 +182,7 @@ def acme(project: Project) -> Project:
 
 def locked(project: Project, index: Index) -> None:
     """Have the private package alone in the lock."""
-    digest = hashlib.sha256((index.folder / "packages" / "acme-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+    digest = hashlib.sha256((index.folder / "index" / "packages" / ACME).read_bytes()).hexdigest()
     (project.folder / "requirements.txt").write_text(f"acme==1.0 --hash=sha256:{digest}\n")
 
 
@@ -215,13 +229,15 @@ def test_a_private_index(acme: Project, index: Index, tmp_path: pathlib.Path) ->
     for target in ("download", "wheelhouse", "builder", "dev", "pins", "minimal", "runtime"):
         if target in ("minimal", "runtime"):
             name = f"{acme.environ['COMPOSE_PROJECT_NAME']}:{target}"
-            acme.build(*options, "--provenance=mode=max", f"--target={target}", f"--tag={name}")
+            output = f"--output=type=image,name={name},{UNPACKED}"
+            how = ["--build-arg=PYTHON_IMAGE", *options, "--provenance=mode=max", f"--target={target}", output]
+            acme.run("docker", "build", *how, ".")
             run("docker", "save", "--output", tmp_path / "image.tar", name)
             said = run("docker", "history", "--no-trunc", name).stdout + run("docker", "image", "inspect", name).stdout
             assert not any(text.decode() in said for text in texts)
             run("docker", "image", "rm", name)
         else:
-            acme.build(*options, f"--target={target}", f"--output=type=docker,dest={tmp_path / 'image.tar'}")
+            acme.build(*options, f"--target={target}", f"--output=type=docker,dest={tmp_path / 'image.tar'},{UNPACKED}")
         assert leaks(tmp_path / "image.tar", *texts) == []
     assert leaks_in_cache(acme, index) == ""
 
@@ -254,7 +270,7 @@ def test_leaks_are_found(index: Index, base: str, tmp_path: pathlib.Path) -> Non
         ({"password": ""}, "ca.pem", "401"),
         ({}, None, "CERTIFICATE_VERIFY_FAILED"),
         ({}, "other.pem", "CERTIFICATE_VERIFY_FAILED"),
-        ({}, "packages/acme-1.0-py3-none-any.whl", "no certificate or crl found"),
+        ({}, f"index/packages/{ACME}", "no certificate or crl found"),
         ({"at": "127.0.0.1:9"}, "ca.pem", "Connection refused"),
         ({"at": "index.invalid"}, "ca.pem", "Name or service not known|Temporary failure in name resolution"),
         ({"more": "no setting\n"}, "ca.pem", "Configuration file could not be loaded"),
