@@ -53,8 +53,9 @@ NO_ENGINE := No Docker Engine answers
 NO_BASE := The base image $(PYTHON_IMAGE) can neither be found nor pulled
 WITHOUT = without=; if ! { $(ENGINE); }; then without="$(NO_ENGINE)"; elif ! $(BASE); then without="$(NO_BASE)"; fi
 # compose itself knows no context that is not always there.
-COMPOSE_BUILD = $(if $(WHEELHOUSE),docker build $(INPUTS) $(OFFLINE) --target $(TARGET) \
-	--tag "$$(docker compose config --images web)" .,docker compose build)
+COMPOSE_BUILD = $(if $(WHEELHOUSE),docker build $(INPUTS) $(OFFLINE) --target $(TARGET) --tag "$$($(WEB_IMAGE))" .,docker compose build)
+WEB_IMAGE = docker compose config --format json web \
+	| $(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["services"]["web"]["image"])'
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile

@@ -5,6 +5,7 @@ The index is made by dumb-pypi and served by nginx, with TLS and a password; the
 
 import hashlib
 import io
+import json
 import os
 import pathlib
 import re
@@ -354,6 +355,9 @@ def test_up_without_network(offline: Project, target: str) -> None:
     """`make up` does the same where WHEELHOUSE names the folder, in the environment or in .env."""
     (offline.folder / ".env").write_text("WHEELHOUSE=wheelhouse\n")
     offline.environ["TARGET"] = target
+    name = offline.environ["COMPOSE_PROJECT_NAME"]
+    more = {"services": {"web": {"image": name, "depends_on": ["other"]}, "other": {"image": name}}}
+    (offline.folder / "override.yaml").write_text(json.dumps(more))
     offline.run("make", "up")
     assert get(offline.url() + "/health")[0] == 200
     network = (
