@@ -105,7 +105,7 @@ def test_a_syntax_error_is_said(dev: Dev) -> None:
 
 
 def test_a_changed_lock_rebuilds(dev: Dev) -> None:
-    """A package that a lock has got is there a moment later; a syntax error at that time is no hindrance."""
+    """A package that a lock has got is there a moment later; that the application failed until then is no hindrance."""
     before = dev.container()
     (dev.project.folder / "app.py").write_text(
         f"import humanize\n{APP}".replace('"hello")', "humanize.intword(10**6))")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support import ROOT, Project, edit, free_port, get, listens, program, run, wait_until
+from tests.support import NGINX_COMMON, ROOT, Project, edit, free_port, get, listens, program, run, wait_until
 from tests.test_lock import wheel
 
 if not (ROOT / "tools").is_dir():
@@ -33,18 +33,8 @@ USER = "me"
 UNPACKED = "compression=uncompressed,force-compression=true"
 ACME = "acme-1.0-py3-none-any.whl"
 NGINX = """
-daemon off;
-master_process off;
-pid {folder}/nginx.pid;
-error_log stderr;
-events {{}}
-http {{
+{common}
     access_log {folder}/access.log;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
     server {{
         listen {host}:{port} ssl;
         ssl_certificate {folder}/server.pem;
@@ -167,14 +157,15 @@ def index(base: str, host: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
     password = secrets.token_hex(16)
     (folder / "passwords").write_text(f"{USER}:{{PLAIN}}{password}\n")
     port = free_port(host)
-    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, host=host, port=port))
+    common = NGINX_COMMON.format(folder=folder)
+    (folder / "nginx.conf").write_text(NGINX.format(common=common, folder=folder, host=host, port=port))
     with running(port, host, program("nginx"), "-p", folder, "-e", "stderr", "-c", folder / "nginx.conf"):
         yield Index(folder, f"{host}:{port}", password)
 
 
 @pytest.fixture
 def acme(project: Project) -> Project:
-    """A copy of the project whose application needs the private package, as its lock says already."""
+    """A copy of the project whose application needs the private package, which no lock has yet."""
     (project.folder / "app.py").write_text(APP)
     with (project.folder / "requirements.in").open("a") as requirements:
         requirements.write("acme\n")
@@ -352,7 +343,7 @@ def test_a_build_without_network(offline: Project, target: str) -> None:
 
 
 def test_up_without_network(offline: Project, target: str) -> None:
-    """`make up` does the same where WHEELHOUSE names the folder, in the environment or in .env."""
+    """`make up` does the same where WHEELHOUSE names the folder, for web alone, whatever that depends on."""
     (offline.folder / ".env").write_text("WHEELHOUSE=wheelhouse\n")
     offline.environ["TARGET"] = target
     name = offline.environ["COMPOSE_PROJECT_NAME"]
