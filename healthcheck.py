@@ -20,14 +20,8 @@ LOOPBACK = {"*": ["127.0.0.1", "::1"], "0.0.0.0": ["127.0.0.1"], "::": ["::1"]}
 
 
 def address(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return the host and port on which serve listens (of several, the first), or its Unix socket's path and ""."""
-    if path := environ.get("WAITRESS_UNIX_SOCKET"):
-        return path, ""
-    if listen := environ.get("WAITRESS_LISTEN", "").split():
-        host, _, port = listen[0].rpartition(":")
-    else:
-        host, port = environ.get("WAITRESS_HOST", "*"), environ.get("WAITRESS_PORT", "5000")
-    return host.strip("[]"), port
+    """Return the host and port on which serve listens."""
+    return environ.get("BIND", "*").strip("[]"), environ.get("PORT", "5000")
 
 
 def connect(host: str, port: str, deadline: float) -> socket.socket:
@@ -38,11 +32,6 @@ def connect(host: str, port: str, deadline: float) -> socket.socket:
     refusal = OSError()
     for candidate in LOOPBACK.get(host, [host]):
         try:
-            if not port:
-                connection = socket.socket(socket.AF_UNIX)
-                connection.settimeout(seconds_to(deadline))
-                connection.connect(candidate)
-                return connection
             # As bytes: for a str, getaddrinfo() would import the IDNA codec first.
             return socket.create_connection((candidate.encode(), port), seconds_to(deadline))
         except OSError as error:

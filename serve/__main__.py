@@ -2,8 +2,8 @@
 
     python -m serve
 
-APP names the application (default app:app; or a factory, myapp:create_app()), WAITRESS_<NAME> is waitress's setting
-<name>; README.md lists the rest.
+APP names the application (default app:app; or a factory, myapp:create_app()), BIND and PORT say where to listen,
+WAITRESS_<NAME> is waitress's setting <name>; README.md lists the rest.
 Ends with exit code 0 once it has drained after SIGTERM or SIGINT; 1 where it cannot listen, or gave up waiting for
 requests; 2 where a variable is wrong.
 """
@@ -33,7 +33,6 @@ import os
 import pathlib
 import pkgutil
 import resource
-import socket
 import sys
 import threading
 import traceback
@@ -55,9 +54,8 @@ LAST_PATIENCE = 1  # second for the application to end its own threads
 def main() -> int:
     """Serve until told to stop; return the exit code."""
     keep_standard_streams()
-    environ = dict(os.environ) if has_ipv6() else {**os.environ, "WAITRESS_IPV6": "false"}
     try:
-        settings = read_settings(environ)
+        settings = read_settings(os.environ)
         handler = log_as_json(settings.log_level)
         application = load_application(settings.application)
     except SettingError as error:
@@ -68,8 +66,7 @@ def main() -> int:
     try:
         server = Server(application, settings)
     except OSError as error:
-        given = settings.waitress
-        place = given.get("listen") or given.get("unix_socket") or f"{given['host']}:{given['port']}"
+        place = f"{settings.waitress['host']}:{settings.waitress['port']}"
         print(f"serve: cannot listen on {place}: {error.strerror or error}", file=sys.stderr)
         return 1
     except RuntimeError as error:  # from the threading module: a limit of the container or the machine
@@ -88,15 +85,6 @@ def keep_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-
-
-def has_ipv6() -> bool:
-    """Tell whether the kernel has IPv6: one that was started with ipv6.disable=1 refuses even to make a socket."""
-    try:
-        socket.socket(socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
 
 
 def load_application(name: str) -> Callable:

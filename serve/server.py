@@ -144,8 +144,6 @@ class Server:
 
 
 def address(listener: BaseWSGIServer) -> str:
-    """Return where it listens: a URL, an IPv6 address in brackets, or a Unix socket's path after "unix:"."""
+    """Return the URL of where it listens, an IPv6 address in brackets."""
     host, port = listener.effective_host, listener.effective_port
-    if host == "unix":
-        return f"unix:{port}"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

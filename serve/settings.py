@@ -1,4 +1,4 @@
-"""The settings: a pure function of the environment."""
+"""The settings: what the environment comes to, or which variable is wrong."""
 
 import difflib
 import re
@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from waitress.adjustments import Adjustments, asbool, asoctal
+from waitress.adjustments import Adjustments, asbool
 
 PREFIX = "WAITRESS_"
 
-# Where no address is set: every one of IPv4 and IPv6, port 5000. waitress's own default is IPv4 alone, port 8080.
-DEFAULT_ADDRESS = {"host": "*", "port": "5000"}
+# waitress's own settings for where to listen. They are refused, because BIND and PORT say it.
+LISTEN = {"listen", "host", "port", "ipv4", "ipv6", "unix_socket", "unix_socket_perms", "sockets"}
 
 DEFAULTS = {
     # No Server header: a client has no use for the name of what answers, an attacker has.
@@ -37,9 +37,8 @@ DEFAULTS = {
     "inbuf_overflow": str(2**15),
 }
 
-# The settings of waitress and how it reads each. It has no public list; a test gives each its own default to read.
-# `sockets` takes socket objects, which no variable can hold.
-READERS: dict[str, Callable] = {name: read for name, read in Adjustments._params if name != "sockets"}  # noqa: SLF001
+# The other settings and how waitress reads each. It has no public list; a test gives each its own default to read.
+READERS: dict[str, Callable] = {name: read for name, read in Adjustments._params if name not in LISTEN}  # noqa: SLF001
 
 # waitress reads any word that it does not know as false, "ture" too.
 BOOLEANS = {"1", "on", "t", "true", "y", "yes", "0", "f", "false", "n", "no", "off"}
@@ -48,7 +47,6 @@ BOOLEANS = {"1", "on", "t", "true", "y", "yes", "0", "f", "false", "n", "no", "o
 # which listen() takes; a setting that is not named here takes 1 to INT_MAX.
 INT_MAX = 2**31 - 1
 RANGES = {
-    "port": (0, 65535),
     # A million threads would be started, until the machine has no more.
     "threads": (1, 10_000),
     # In seconds; poll() takes milliseconds.
@@ -122,22 +120,35 @@ def waitress_settings(environ: Mapping[str, str]) -> dict[str, str]:
     for variable, value in given.items():
         if problem := problem_with(variable, value):
             raise SettingError(variable, value, problem)
-    settings = with_defaults(given)
+    ours = DEFAULTS | address(environ)
+    settings = ours | {setting(variable): value for variable, value in given.items()}
     if problem := conflict(settings):
         # waitress says what it refuses, not which variable is wrong. It is one without which the others are accepted.
         for variable, value in given.items():
-            if not conflict(with_defaults({other: given[other] for other in given if other != variable})):
+            if not conflict(ours | {setting(other): given[other] for other in given if other != variable}):
                 raise SettingError(variable, value, problem)
         raise SettingError(PREFIX + "*", " ".join(given.values()), problem)
     return settings
 
 
-def with_defaults(given: Mapping[str, str]) -> dict[str, str]:
-    """Return waitress's settings for the variables in `given`, with our defaults for the rest."""
-    settings = {setting(variable): value for variable, value in given.items()}
-    if settings.keys().isdisjoint({"listen", "unix_socket"}):
-        settings = DEFAULT_ADDRESS | settings
-    return DEFAULTS | settings
+def address(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return waitress's settings for BIND and PORT; raises SettingError."""
+    bind, port = environ.get("BIND", "*"), environ.get("PORT", "5000")
+    if not is_whole_number(port, 0, 65535):  # getaddrinfo() would take 70000 for 4464
+        raise SettingError("PORT", port, "takes a whole number from 0 to 65535")
+    settings = {"host": bind, "port": port, "ipv6": str(has_ipv6())}
+    if conflict(settings):
+        raise SettingError("BIND", bind, "takes *, or one name or IP address of this machine")
+    return settings
+
+
+def has_ipv6() -> bool:
+    """Tell whether the kernel has IPv6: one that was started with ipv6.disable=1 refuses even to make a socket."""
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def conflict(settings: Mapping[str, str]) -> str | None:
@@ -146,8 +157,6 @@ def conflict(settings: Mapping[str, str]) -> str | None:
         adjustments = Adjustments(**settings)
     except ValueError as error:
         return str(error)
-    if not (adjustments.ipv4 or adjustments.ipv6):  # waitress would take it for both
-        return "one of ipv4 and ipv6 has to be on"
     # waitress counts each listener, its pipe and the pipe of ours as connections: at that limit it would accept nobody.
     taken = 2 * len(adjustments.listen) + 1
     if adjustments.connection_limit <= taken:
@@ -163,6 +172,8 @@ def setting(variable: str) -> str:
 def problem_with(variable: str, value: str) -> str | None:
     """Return what is wrong with one WAITRESS_ variable, where waitress would accept it or not say it clearly."""
     name = setting(variable)
+    if name in LISTEN:
+        return "use BIND and PORT instead"
     if name not in READERS or not variable.isupper():
         near = difflib.get_close_matches(name, READERS, n=1)
         return "waitress has no such setting" + (f"; did you mean {PREFIX}{near[0].upper()}?" if near else "")
@@ -170,8 +181,6 @@ def problem_with(variable: str, value: str) -> str | None:
         return "takes printable characters"
     if READERS[name] is asbool and value.strip().lower() not in BOOLEANS:
         return "takes true or false"
-    if READERS[name] is asoctal and not (0 < len(value) <= 4 and set(value) <= set("01234567")):
-        return "takes permissions as octal digits, such as 660"
     if READERS[name] is int:
         smallest, largest = RANGES.get(name, (1, INT_MAX))
         if not is_whole_number(value, smallest, largest):
@@ -195,19 +204,8 @@ def is_address(value: str) -> bool:
         return False
 
 
-def have_ports(value: str) -> bool:
-    """Tell whether each address has a port.
-
-    getaddrinfo() would take port 70000 for 4464, waitress an address without a port for its own 8080.
-    """
-    ports = [address.rpartition(":")[2] for address in value.split()]
-    return bool(ports) and all(is_whole_number(port, *RANGES["port"]) for port in ports)
-
-
 # What some settings take, and how that is told: waitress would take more and mean something else by it, or nothing.
 TAKES: dict[str, tuple[Callable[[str], object], str]] = {
-    "listen": (have_ports, "takes addresses such as *:5000, with ports from 0 to 65535"),
-    "unix_socket": (bool, "takes a path"),
     "ident": (str.isascii, "takes ASCII"),
     "server_name": (str.isascii, "takes ASCII"),
     "url_scheme": ({"http", "https"}.__contains__, "takes http or https"),

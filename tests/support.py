@@ -181,7 +181,7 @@ class Server:
     ) -> None:
         """Start it; `files` are its soft and hard limit of open files, `stdout` and `stderr` where its logs go."""
         self.log, self.access_log = folder / "serve.log", folder / "access.log"
-        own = re.compile("(WAITRESS|SHUTDOWN)_.*|APP|READ_TIMEOUT|ACCESS_LOG|LOG_LEVEL")
+        own = re.compile("(WAITRESS|SHUTDOWN)_.*|APP|BIND|PORT|READ_TIMEOUT|ACCESS_LOG|LOG_LEVEL")
         clean = {name: value for name, value in os.environ.items() if not own.fullmatch(name)}
         clean["PYTHONPATH"] = str(ROOT)
         with self.log.open("w") as errors, self.access_log.open("w") as access:

@@ -156,7 +156,7 @@ def test_nosniff(ask: Callable, method: str, path: str) -> None:
 def test_the_greeting_service_drains(tmp_path: pathlib.Path) -> None:
     """Told to stop, the server has it say so: /health turns to 503, not to be cached, in the same form."""
     (tmp_path / "app.py").write_bytes((ROOT / "app.py").read_bytes())
-    with server(tmp_path, WAITRESS_LISTEN="127.0.0.1:0", SHUTDOWN_DELAY="1") as running:
+    with server(tmp_path, BIND="127.0.0.1", PORT="0", SHUTDOWN_DELAY="1") as running:
         address = running.listening()[0].removeprefix("http://")
         running.stop()
         until_said(running, "Draining")

@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def serving(folder: pathlib.Path, database: object) -> AbstractContextManager[Server]:
     """Serve it, on a database of one's own."""
-    return server(folder, WAITRESS_LISTEN="127.0.0.1:0", DATABASE=str(database))
+    return server(folder, BIND="127.0.0.1", PORT="0", DATABASE=str(database))
 
 
 @pytest.fixture

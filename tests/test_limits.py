@@ -34,7 +34,7 @@ LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 def start(tmp_path: pathlib.Path) -> Callable:
     """A function that starts a server that waits a second for its clients."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    return lambda **environ: server(tmp_path, **{"WAITRESS_LISTEN": "127.0.0.1:0", "READ_TIMEOUT": "1"} | environ)
+    return lambda **environ: server(tmp_path, **{"BIND": "127.0.0.1", "PORT": "0", "READ_TIMEOUT": "1"} | environ)
 
 
 def drip(connection: socket.socket, sent: bytes) -> bytes:

@@ -59,7 +59,7 @@ LAST = b"%s %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
 def start(tmp_path: pathlib.Path) -> Callable:
     """A function that starts a server with an application that logs."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    return lambda **options: server(tmp_path, **{"WAITRESS_LISTEN": "127.0.0.1:0"} | options)
+    return lambda **options: server(tmp_path, **{"BIND": "127.0.0.1", "PORT": "0"} | options)
 
 
 def ask(running: Server, target: bytes, *headers: bytes, method: bytes = b"GET") -> bytes:
@@ -239,7 +239,7 @@ def test_level(start: Callable, level: str, messages: int) -> None:
     """LOG_LEVEL says from where on; the access log has no level."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with start(LOG_LEVEL=level, WAITRESS_LISTEN=f"127.0.0.1:{port}") as running:
+    with start(LOG_LEVEL=level, BIND="127.0.0.1", PORT=str(port)) as running:
         wait_until(lambda: answers_on(port, b"/log"), 20, "an answer")
         assert len(running.requests(3)) == 3
         assert len(running.logged()) == messages
@@ -341,7 +341,7 @@ def test_closed_streams(start: Callable, tmp_path: pathlib.Path, streams: list[i
     """With standard streams closed from the start it serves; no connection gets the log instead of its answer."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    environ = os.environ | {"WAITRESS_LISTEN": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"BIND": "127.0.0.1", "PORT": str(port), "PYTHONPATH": str(ROOT)}
     code = "import os, sys; [os.close(number) for number in {}]; os.execv(sys.executable, {})"
     command = [sys.executable, "-c", code.format(streams, [sys.executable, "-m", "serve"])]
     with subprocess.Popen(command, cwd=tmp_path, env=environ) as process:
@@ -372,7 +372,7 @@ def test_nobody_reads_standard_error(start: Callable, tmp_path: pathlib.Path, pi
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with start(stderr=pipe[1], WAITRESS_LISTEN=f"127.0.0.1:{port}") as running:
+    with start(stderr=pipe[1], BIND="127.0.0.1", PORT=str(port)) as running:
         wait_until(lambda: answers_on(port), 20, "an answer")
         for _ in range(200):
             assert statuses(answers_on(port)) == [200] * 3

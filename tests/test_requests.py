@@ -43,7 +43,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for all tests here, with an application that tells what it was asked."""
     folder = tmp_path_factory.mktemp("requests")
     (folder / "app.py").write_text(APPLICATION)
-    with server(folder, WAITRESS_LISTEN="127.0.0.1:0", READ_TIMEOUT="2") as running:
+    with server(folder, BIND="127.0.0.1", PORT="0", READ_TIMEOUT="2") as running:
         yield running
 
 

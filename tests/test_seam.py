@@ -174,7 +174,7 @@ def test_what_epoll_knows(listener: server.BaseWSGIServer) -> None:
 def test_listeners_close_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """No client is told that its connection ends before everybody who waited is accepted and nobody else can come."""
     monkeypatch.setattr(signal, "set_wakeup_fd", lambda _: None)
-    settings = read_settings({"WAITRESS_LISTEN": "127.0.0.1:0", "WAITRESS_THREADS": "1"})
+    settings = read_settings({"BIND": "127.0.0.1", "PORT": "0", "WAITRESS_THREADS": "1"})
     ours = Server(lambda *_: [], settings)
     [listener] = ours.listeners
     seen = []

@@ -52,7 +52,7 @@ GET = b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n"
 def start(tmp_path: pathlib.Path) -> Callable:
     """A function that starts a server with an application that can be held up."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    return lambda **environ: server(tmp_path, **{"WAITRESS_LISTEN": "127.0.0.1:0"} | environ)
+    return lambda **environ: server(tmp_path, **{"BIND": "127.0.0.1", "PORT": "0"} | environ)
 
 
 def said(running: Server, word: str) -> bool:
@@ -236,7 +236,7 @@ def test_old_clients(start: Callable, tmp_path: pathlib.Path) -> None:
 
 def test_both_listeners(start: Callable, tmp_path: pathlib.Path) -> None:
     """With a listener of IPv4 and one of IPv6, both go on accepting, both finish, both close."""
-    with start(WAITRESS_LISTEN="127.0.0.1:0 [::1]:0", SHUTDOWN_DELAY="1") as running:
+    with start(BIND="*", SHUTDOWN_DELAY="1") as running:
         ports = [url.rpartition(":")[2] for url in running.listening(addresses=2)]
         places = list(zip(("127.0.0.1", "::1"), ports, strict=True))
         connections = [socket.create_connection(place, 10) for place in places]
@@ -257,24 +257,6 @@ def test_both_listeners(start: Callable, tmp_path: pathlib.Path) -> None:
             (tmp_path / name).touch()
             assert statuses(rest(connection)) == [200]
             connection.close()
-        assert running.ended() == 0
-
-
-def test_unix_socket(start: Callable, tmp_path: pathlib.Path) -> None:
-    """A Unix socket drains as well."""
-    path = str(tmp_path / "socket")
-    with (
-        server(tmp_path, WAITRESS_UNIX_SOCKET=path) as running,
-        socket.socket(socket.AF_UNIX) as connection,
-    ):
-        running.listening()
-        connection.connect(path)
-        connection.sendall(GET % b"/slow?go")
-        until_in_work(tmp_path)
-        running.stop()
-        until_said(running, "Closing")
-        (tmp_path / "go").touch()
-        assert statuses(rest(connection)) == [200]
         assert running.ended() == 0
 
 
