@@ -2,7 +2,7 @@
 
     python -IS healthcheck.py
 
-BIND and PORT say where to ask. It runs every few seconds, so it is light: a bare socket, and no site-packages (-S).
+It runs every few seconds, so it is light: a bare socket, and no site-packages (-S).
 """
 
 import os
@@ -13,22 +13,18 @@ import sys
 TIMEOUT = 2  # seconds for the whole probe; less than the engine's --timeout, so that our line is what it records
 REQUEST = b"GET /health HTTP/1.0\r\nHost: localhost\r\nUser-Agent: healthcheck\r\n\r\n"
 HEALTHY = (b"HTTP/1.0 200 ", b"HTTP/1.1 200 ")
-LOOPBACK = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def problem() -> object:
-    """Return why the server is not healthy, or None if it is."""
+def connect() -> socket.socket:
+    """Connect to PORT, at BIND if that is one address, else at 127.0.0.1 or ::1; raises OSError, the first one's."""
     bind, port = os.environ.get("BIND", "*").strip("[]"), os.environ.get("PORT", "5000")
-    if not (port.isdecimal() and len(port) <= 5 and int(port) <= 65535):  # getaddrinfo() would take 70000 for 4464
-        return f"PORT={port!a} is not a port"
-    host = os.fsencode(LOOPBACK.get(bind, bind))  # for a str, Python would first import its IDNA codec
-    try:
-        with socket.create_connection((host, port)) as connection, connection.makefile("rb") as answer:
-            connection.sendall(REQUEST)
-            line = answer.readline(1000)
-    except OSError as error:
-        return error
-    return None if line.startswith(HEALTHY) and line.endswith(b"\n") else f"answered {line!r}"
+    failures = []
+    for host in ["127.0.0.1", "::1"] if bind in {"*", "0.0.0.0", "::"} else [bind]:
+        try:
+            return socket.create_connection((os.fsencode(host), port))  # for a str, Python first imports its IDNA codec
+        except OSError as failure:
+            failures.append(failure)
+    raise failures[0]
 
 
 def fail(why: object) -> None:
@@ -41,5 +37,11 @@ if __name__ == "__main__":
     # An alarm ends it however slowly bytes arrive; a socket's timeout would start anew with each.
     signal.signal(signal.SIGALRM, lambda *_: fail("timed out"))
     signal.alarm(TIMEOUT)
-    if why := problem():
-        fail(why)
+    try:
+        with connect() as connection, connection.makefile("rb") as answer:
+            connection.sendall(REQUEST)
+            line = answer.readline(1000)
+    except OSError as failure:
+        fail(failure)
+    if not (line.startswith(HEALTHY) and line.endswith(b"\n")):
+        fail(f"answered {line!r}")
