@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="how often to measure each figure (default: 7)")
     runs = parser.parse_args().runs
 
-    default = re.search(r"^ARG PYTHON_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
+    default = re.search(r"^FROM (\S+) AS pinned$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
     base = os.environ.setdefault("PYTHON_IMAGE", default)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary) / "project"

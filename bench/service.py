@@ -226,7 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     if missing := [tool for tool in ("wrk", "slowhttptest") if not shutil.which(tool)]:
         sys.exit(f"bench/service.py needs {' and '.join(missing)}: apt-get install wrk slowhttptest")
-    default = re.search(r"^ARG PYTHON_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
+    default = re.search(r"^FROM (\S+) AS pinned$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
     os.environ.setdefault("PYTHON_IMAGE", default)
     run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", NAME, ROOT)
     try:

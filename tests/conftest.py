@@ -33,7 +33,7 @@ def engine() -> None:
 @pytest.fixture(scope="session")
 def base(engine: None) -> str:
     """The base image, found or pulled."""
-    default = re.search(r"^ARG PYTHON_IMAGE=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
+    default = re.search(r"^FROM (\S+) AS pinned$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
     name = os.environ.get("PYTHON_IMAGE") or default
     if (
         run("docker", "image", "inspect", name, check=False).returncode
@@ -50,12 +50,25 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def image(base: str, target: str) -> Iterator[str]:
-    """The image that `docker build --target TARGET .` gives."""
-    name = f"flask-helloworld-test:{uuid.uuid4().hex[:12]}"
-    run("docker", "build", "--build-arg", f"PYTHON_IMAGE={base}", "--target", target, "--tag", name, ROOT)
-    yield name
-    run("docker", "image", "rm", "--force", name)
+def images(base: str) -> Iterator[Callable[[str], str]]:
+    """A function that returns the image that `docker build --target TARGET .` gives; each is built once."""
+    built = {}
+
+    def build(target: str) -> str:
+        if target not in built:
+            built[target] = f"flask-helloworld-test:{uuid.uuid4().hex[:12]}"
+            options = ["--build-arg", f"PYTHON_IMAGE={base}", "--target", target, "--tag", built[target]]
+            run("docker", "build", *options, ROOT)
+        return built[target]
+
+    yield build
+    run("docker", "image", "rm", "--force", *built.values())
+
+
+@pytest.fixture
+def image(images: Callable[[str], str], target: str) -> str:
+    """The image of a target."""
+    return images(target)
 
 
 @pytest.fixture

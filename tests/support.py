@@ -256,11 +256,11 @@ class Project:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        name = f"flask-helloworld-test-{uuid.uuid4().hex[:8]}"
-        left_out = shutil.ignore_patterns(".git", ".venv", ".env", ".serve.*", "__pycache__", ".*_cache", "wheelhouse")
+        self.name = name = f"flask-helloworld-test-{uuid.uuid4().hex[:8]}"
+        left_out = shutil.ignore_patterns(".git", ".venv*", ".env", ".serve.*", "__pycache__", ".*_cache", "wheels")
         shutil.copytree(ROOT, folder, ignore=left_out)
         # Another image name, so that an image of the user's own under the usual one stays what it is.
-        images = {"web": name, "test": f"{name}-tests", "dev": f"{name}-dev", "degrees": f"{name}-degrees"}
+        images = {"web": name, "test": f"{name}-tests", "dev": f"{name}-dev"}
         override = {"services": {service: {"image": image} for service, image in images.items()}}
         (folder / "override.yaml").write_text(json.dumps(override))
         self.environ = os.environ | {
@@ -268,12 +268,11 @@ class Project:
             "COMPOSE_PROJECT_NAME": name,
             "BIND": "127.0.0.1",
             "PORT": "0",  # the engine takes a free one
-            "DEGREES_PORT": "0",
             "TARGET": "runtime",
         }
         # As a user's shell has it: this run's own virtual environment and make must not reach into the copy's.
         makes = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "REQUIRE_DOCKER")
-        for variable in (*makes, "APP_DIR", "PIP_CONF", "CA_BUNDLE", "WHEELHOUSE"):
+        for variable in (*makes, "APP_DIR", "PIP_CONF"):
             self.environ.pop(variable, None)
 
     def run(self, *command: object, **options: object) -> subprocess.CompletedProcess:
@@ -281,10 +280,21 @@ class Project:
         environ = self.environ | options.pop("environ", {})
         return run(*command, cwd=self.folder, env=environ, **options)
 
-    def build(self, *options: object, check: bool = True) -> subprocess.CompletedProcess:
+    def build(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
         """Build this copy's image with docker, under the name that compose gives it here."""
-        name = self.environ["COMPOSE_PROJECT_NAME"]
-        return self.run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", name, *options, ".", check=check)
+        command = ["docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", self.name, *arguments, "."]
+        return self.run(*command, **options)
+
+    def write(self, files: dict[str, str]) -> None:
+        """Write files with these texts."""
+        for name, text in files.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_text(text)
+
+    def name_files(self, *names: str, at: str | None = None) -> None:
+        """Name files and folders of an application in the Dockerfile, as its comment says."""
+        lines = "".join(f"COPY --chmod=u=rwX,go=rX {name} {at or './' + name}\n" for name in names)
+        edit(self.folder / "Dockerfile", "^ARG APP_DIR", lines + "ARG APP_DIR")
 
     def compose(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
         """Run a docker compose command in this copy."""

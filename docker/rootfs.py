@@ -1,0 +1,142 @@
+"""Make the root file system of the minimal image: what Python needs of its Debian base, and nothing else.
+
+    python -X no_debug_ranges -IS rootfs.py ROOT VENV
+
+Puts into ROOT the interpreter, its standard library and the virtual environment VENV as bytecode, the files that these
+open by name (DATA), and the shared libraries that they are linked with. The Debian packages that the files come from
+are recorded as in distroless images, so that scanners find them.
+"""
+
+import compileall
+import pathlib
+import py_compile
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+# Left out of the standard library, by name up to the first dot.
+LEFT_OUT = {
+    "tests of Python itself": "test _test.* _ctypes_test _xxtestfuzz xxlimited.* xxsubtype",
+    "need a display": "idlelib tkinter _tkinter turtle turtledemo",
+    "for virtual environments; what the base has installed": "venv ensurepip .*-packages EXTERNALLY-MANAGED",
+    "builds extensions; looks into other processes": "config-.* _remote_debugging",
+    "lines edited on a terminal; the manual": "readline curses _curses.* pydoc_data",
+    "the same in Python as in C": "_pydecimal _pyio _pydatetime",
+    "databases of other libraries": "_dbm _gdbm",
+    "bytecode, which is made anew": "__pycache__",
+}
+# Taken from the base, where it has them.
+DATA = {
+    "users, names of hosts and services": "etc/passwd etc/group etc/nsswitch.conf etc/services etc/protocols",
+    "certificates and settings of OpenSSL": "etc/ssl/certs/ca-certificates.crt usr/lib/ssl/*.*",
+    "time zones": "etc/localtime usr/share/zoneinfo/[A-Z]*",
+    "opened by the C library when a thread ends": "usr/lib/*-linux-gnu/libgcc_s.so.1",
+    "where the dynamic linker looks": "etc/ld.so.conf etc/ld.so.conf.d",
+    "name and version of the distribution": "etc/os-release",
+}
+BASE = pathlib.Path("/")
+ROOT, VENV = map(pathlib.Path, sys.argv[1:])
+
+
+def place(path: pathlib.Path) -> pathlib.Path:
+    """Return where a path of the base goes in ROOT, whose folder is made."""
+    there = ROOT / path.relative_to(BASE)
+    there.parent.mkdir(parents=True, exist_ok=True)
+    return there
+
+
+def add_link(link: pathlib.Path) -> None:
+    """Copy a link, whose target is another matter."""
+    link = link.parent.resolve() / link.name
+    if not place(link).is_symlink():
+        place(link).symlink_to(link.readlink())
+
+
+def add(path: pathlib.Path) -> None:
+    """Copy a file, a folder without its bytecode, or a link and what it leads to; and the links on the way."""
+    for folder in path.parents:
+        if folder.is_symlink():
+            add_link(folder)
+    path = path.parent.resolve() / path.name
+    if path.is_symlink():
+        add_link(path)
+        add(path.parent / path.readlink())
+    elif path.is_dir():
+        for inner in path.iterdir():
+            if inner.name != "__pycache__":
+                add(inner)
+    elif path.is_file():
+        shutil.copy2(path, place(path))
+
+
+def compile_modules(folder: pathlib.Path, optimize: int) -> None:
+    """Replace modules by their bytecode, which Python imports from the same place (PEP 3147, source-less imports)."""
+    compileall.compile_dir(
+        place(folder),
+        stripdir=ROOT,
+        prependdir=BASE,
+        legacy=True,
+        optimize=optimize,
+        quiet=1,
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )
+    for source in place(folder).rglob("*.py"):
+        if source.with_suffix(".pyc").exists():
+            source.unlink()
+
+
+def add_python() -> None:
+    """Add the interpreter, the standard library and VENV."""
+    add(pathlib.Path(sys.executable))
+    library = pathlib.Path(sysconfig.get_path("stdlib"))
+    left_out = re.compile("|".join(" ".join(LEFT_OUT.values()).split()))
+    extensions = library / "lib-dynload"
+    for path in (*library.iterdir(), *extensions.iterdir()):
+        if path != extensions and not left_out.fullmatch(path.name.partition(".")[0]):
+            add(path)
+    compile_modules(library, optimize=2)  # without docstrings and assertions
+    add(VENV)
+    compile_modules(VENV, optimize=0)
+
+
+def add_libraries() -> None:
+    """Add the shared libraries that the dynamic linker finds for all that is there, and its cache."""
+    files = [path for path in ROOT.rglob("*") if path.is_file()]
+    binaries = [path for path in files if path.open("rb").read(4) == b"\x7fELF"]
+    found = subprocess.run(["ldd", *binaries], stdout=subprocess.PIPE, text=True).stdout
+    for path in map(pathlib.Path, set(re.findall(r"(/\S+) \(0x", found))):
+        if not path.is_relative_to(ROOT):
+            add(path)
+    subprocess.run(["ldconfig", "-r", ROOT], check=True)
+
+
+def add_records() -> None:
+    """Record the packages that the files come from, with version and license."""
+    files = ["/" + str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if not path.is_dir()]
+    # Before Debian 13, packages name some files without /usr, through a link.
+    search = ["dpkg-query", "--search", *files, *(file.removeprefix("/usr") for file in files)]
+    found = subprocess.run(search, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    for package in set(re.findall(r"^(\S+): /", found, re.MULTILINE)):
+        name = package.partition(":")[0]
+        license = BASE / "usr/share/doc" / name / "copyright"
+        if license.exists():
+            add(license)
+            for text in re.findall(r"/usr/share/common-licenses/[\w.+-]*\w", license.read_text()):
+                add(BASE / text)
+        with place(BASE / "var/lib/dpkg/status.d" / name).open("w") as record:
+            subprocess.run(["dpkg-query", "--status", package], check=True, stdout=record)
+
+
+if not shutil.which("dpkg-query"):
+    sys.exit("rootfs: the base has no dpkg-query; minimal takes a base of Debian's packages, such as python:3.14-slim")
+ROOT.mkdir()
+add_python()
+for pattern in " ".join(DATA.values()).split():
+    for path in BASE.glob(pattern):
+        add(path)
+add_libraries()
+add_records()
+(ROOT / "tmp").mkdir()
+(ROOT / "tmp").chmod(0o1777)
