@@ -1,254 +1,127 @@
-"""Degrees by year: a JSON API over SQLite, and nothing about how it is served (serve does that).
+"""Degrees by year: a JSON API over SQLite, in the file that DATABASE names."""
 
-DATABASE names the file. It is made, with the five years of SEED, where it is not there.
-"""
-
-import json
 import os
 import pathlib
-import re
 import sqlite3
-import time
-from contextlib import closing
+from contextlib import closing, suppress
 
-from flask import Flask, Response, abort, g, jsonify, request, url_for
-from werkzeug.exceptions import HTTPException
-from werkzeug.routing import BaseConverter
+from flask import Flask, Response, abort, jsonify, request, url_for
+from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
-# An absolute path, because SQLite takes some names, such as an empty one, for a database in memory.
-DATABASE = pathlib.Path(os.environ.get("DATABASE", "degrees.sqlite3")).absolute()
-BUSY_TIMEOUT = 2  # seconds that a writer waits for another one: less than a probe waits (3 s)
-
-SEED = [(0, 1990, 5818), (1, 1991, 5725), (2, 1992, 6005), (3, 1993, 6123), (4, 1994, 6096)]
-# AUTOINCREMENT: what is deleted leaves its id to nobody.
-SCHEMA = """
-CREATE TABLE degrees (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
+DATABASE = pathlib.Path(os.environ.get("DATABASE", "degrees.sqlite3")).absolute()  # "" would be a temporary database
+ROW = f"/degrees/<int(max={2**63 - 1}):row_id>"  # the largest integer in SQLite
+FIELDS = {"year": range(1, 10_000), "degrees": range(2**63)}  # and the values they take
+TABLE = """CREATE TABLE degrees (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, -- the id of a deleted row is never used again
     year INTEGER NOT NULL UNIQUE,
     degrees INTEGER NOT NULL
-) STRICT
-"""
+) STRICT"""
+SEED = [(0, 1990, 5818), (1, 1991, 5725), (2, 1992, 6005), (3, 1993, 6123), (4, 1994, 6096)]
 
-LARGEST = 2**63 - 1  # that SQLite's INTEGER holds
-FIELDS = {"year": (1, 9999), "degrees": (0, LARGEST)}  # smallest and largest of each
-MOST_AT_ONCE = 1000
-
-
-class Id(BaseConverter):
-    """An id in a path: digits, and no more than SQLite holds; anything else is a path that is not there."""
-
-    regex = "[0-9]{1,18}"
-
-    def to_python(self, value: str) -> int:
-        """Return the number."""
-        return int(value)
-
+# Create the database unless it exists. Several processes may do this at the same time.
+try:
+    with closing(sqlite3.connect(DATABASE, timeout=2)) as connection, connection:
+        with suppress(sqlite3.OperationalError):  # another process is making the same change
+            connection.execute("PRAGMA journal_mode = WAL")  # a write-ahead log: reads do not wait for writes
+        connection.execute("BEGIN IMMEDIATE")  # one process creates the table, the others wait
+        if not connection.execute("SELECT * FROM sqlite_schema WHERE name = 'degrees'").fetchone():
+            connection.execute(TABLE)
+            connection.executemany("INSERT INTO degrees VALUES (?, ?, ?)", SEED)
+except sqlite3.Error as error:
+    raise SystemExit(f"DATABASE={str(DATABASE)!r}: {error}; takes a file in a folder that can be written") from error
 
 app = Flask(__name__, static_folder=None)
-app.url_map.converters["id"] = Id
-app.url_map.merge_slashes = False  # no redirection, which would be HTML
-app.json.sort_keys = False
-app.config["MAX_CONTENT_LENGTH"] = 4096  # bytes: an object of two numbers is far smaller
+app.json.sort_keys = False  # keep the order of the columns
+app.config["MAX_CONTENT_LENGTH"] = 4096  # bytes: far more than a row needs
 
 
-def connect() -> sqlite3.Connection:
-    """Return a connection to the database, on which each statement is a transaction unless BEGIN says otherwise."""
-    connection = sqlite3.connect(DATABASE, timeout=BUSY_TIMEOUT, isolation_level=None)
-    connection.row_factory = sqlite3.Row
-    return connection
-
-
-def prepare() -> None:
-    """Make the table and fill it, once: the version, set in the same transaction, tells that it was done.
-
-    Raises SystemExit, with one line, where DATABASE is no file that SQLite can work with.
-    """
+def query(statement: str, *values: int, one: bool = False) -> list | dict:
+    """Run a statement in a transaction. Return its rows; with `one`, the only row, or raise 404 if there is none."""
     try:
-        with closing(connect()) as connection, connection:
-            # Readers do not wait for a writer, nor it for them; what is committed outlives a kill: https://sqlite.org/wal.html
-            patiently(connection, "PRAGMA journal_mode = WAL")
-            connection.execute("BEGIN IMMEDIATE")
-            if not connection.execute("PRAGMA user_version").fetchone()[0]:
-                connection.execute(SCHEMA)
-                connection.executemany("INSERT INTO degrees VALUES (?, ?, ?)", SEED)
-                connection.execute("PRAGMA user_version = 1")
-    except sqlite3.Error as error:
-        problem = f"DATABASE={str(DATABASE)!r}: {error}; takes a file in a folder that can be written"
-        raise SystemExit(problem) from error
+        with closing(sqlite3.connect(DATABASE, timeout=2)) as connection, connection:  # waits 2 s for other writers
+            connection.row_factory = sqlite3.Row
+            rows = [dict(row) for row in connection.execute(statement, values)]
+    except sqlite3.IntegrityError:
+        abort(409, "another row has this year")
+    except sqlite3.OperationalError as error:
+        if not error.sqlite_errorname.startswith("SQLITE_BUSY"):
+            raise
+        raise ServiceUnavailable("another process is writing; try again", retry_after=1) from error
+    if one and not rows:
+        abort(404, "no row has this id")
+    return rows[0] if one else rows
 
 
-def patiently(connection: sqlite3.Connection, statement: str) -> None:
-    """Run a statement for which SQLite does not wait: of two that change the journal's mode it refuses one at once."""
-    deadline = time.monotonic() + BUSY_TIMEOUT
-    while True:
-        try:
-            connection.execute(statement)
-        except sqlite3.OperationalError as error:
-            if not is_busy(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            return
-
-
-def is_busy(error: sqlite3.OperationalError) -> bool:
-    """Tell whether others have the database; the bits above the first eight say more: https://sqlite.org/rescode.html."""
-    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def query(statement: str, *values: int) -> list[dict[str, int]]:
-    """Return the rows that a statement gives. Once all are fetched, what it has changed is committed."""
-    if "connection" not in g:
-        g.connection = connect()
-    return [dict(row) for row in g.connection.execute(statement, values).fetchall()]
-
-
-@app.teardown_appcontext
-def close(_error: BaseException | None) -> None:
-    """Close the request's connection, if it had one."""
-    if connection := g.pop("connection", None):
-        connection.close()
-
-
-def number(name: str, least: int, most: int, default: int) -> int:
-    """Return a number of the query string; answer 400 if it is none from `least` to `most`."""
-    text = request.args.get(name)
-    if text is None:
-        return default
-    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        abort(400, f"{name}={text!r}: takes a whole number from {least} to {most}")
-    return int(text)
-
-
-def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a JSON object as a dictionary; refuse a name that stands twice, which RFC 8259, 4, leaves open."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} stands twice in it")
-    return dict(pairs)
-
-
-def body(*also: str) -> dict[str, int]:
-    """Return year and degrees, and what else is allowed, from the request's body; answer 400 or 415 if it is wrong."""
-    if request.mimetype != "application/json":
-        abort(415, "takes Content-Type: application/json")
+def values_from_body(**optional: range) -> tuple[int, int]:
+    """Return year and degrees from the JSON body, or raise 400. The body must have FIELDS and may have `optional`."""
     try:
-        given = json.loads(request.get_data().decode(), object_pairs_hook=once)  # UTF-8 alone: RFC 8259, 8.1
-    except (ValueError, RecursionError) as error:
-        abort(400, f"the body is not JSON: {error}")
-    if not isinstance(given, dict):
-        abort(400, "the body is not an object; takes year and degrees")
-    if unknown := sorted(given.keys() - FIELDS.keys() - set(also)):
-        abort(400, f"{unknown[0]!r}: no such field; takes year and degrees")
-    for name, (least, most) in FIELDS.items():
-        if name not in given:
-            abort(400, f"{name} is missing; takes year and degrees")
-        if type(given[name]) is not int or not least <= given[name] <= most:  # True is an int too
-            abort(400, f"{name}: takes a whole number from {least} to {most}")
-    return given
+        row = request.get_json()
+    except RecursionError:  # JSON that is nested too deeply
+        abort(400)
+    fields = FIELDS | optional
+    if not isinstance(row, dict) or not FIELDS.keys() <= row.keys() <= fields.keys():
+        abort(400, "takes an object with year and degrees")
+    for name, value in row.items():
+        if type(value) is not int or value not in fields[name]:  # isinstance would take True for an int
+            abort(400, f"{name} takes a whole number from {fields[name][0]} to {fields[name][-1]}")
+    return row["year"], row["degrees"]
 
 
 @app.get("/degrees")
-def every() -> Response:
-    """List the years in their order: from `start`, at most `limit` of them."""
-    start = number("start", 0, 9999, default=0)
-    limit = number("limit", 1, MOST_AT_ONCE, default=MOST_AT_ONCE)
-    return jsonify(query("SELECT * FROM degrees WHERE year >= ? ORDER BY year LIMIT ?", start, limit))
-
-
-ONE = "/degrees/<id:key>"
-
-
-@app.get(ONE)
-def one(key: int) -> Response:
-    """Return one year."""
-    return jsonify(found(query("SELECT * FROM degrees WHERE id = ?", key), key))
-
-
-@app.get(f"{ONE}/degrees")
-def degrees_of(key: int) -> Response:
-    """Return the degrees of one year alone."""
-    return jsonify(found(query("SELECT degrees FROM degrees WHERE id = ?", key), key))
+def list_rows() -> list:
+    """Return the rows in the order of their years: from year `start`, at most `limit` of them."""
+    start = limit = -1
+    with suppress(ValueError):
+        start, limit = int(request.args.get("start", 0)), int(request.args.get("limit", 1000))
+    if not (0 <= start <= 9999 and 1 <= limit <= 1000):
+        abort(400, "start takes a year from 0 to 9999, limit a number from 1 to 1000")
+    return query("SELECT * FROM degrees WHERE year >= ? ORDER BY year LIMIT ?", start, limit)
 
 
 @app.post("/degrees")
-def add() -> Response:
-    """Add a year; answer 201 with what it is now, and where."""
-    given = body()
-    row = written(given, "INSERT INTO degrees (year, degrees) VALUES (?, ?) RETURNING *")[0]
-    answer = jsonify(row)
-    answer.status_code = 201
-    answer.headers["Location"] = url_for("one", key=row["id"])
-    return answer
+def add_row() -> tuple:
+    """Add a row. Return it, and its address in the header Location."""
+    row = query("INSERT INTO degrees (year, degrees) VALUES (?, ?) RETURNING *", *values_from_body(), one=True)
+    return row, 201, {"Location": url_for("one_row", row_id=row["id"])}
 
 
-@app.put(ONE)
-def replace(key: int) -> Response:
-    """Give one year another content, whole."""
-    given = body("id")
-    if "id" in given and (type(given["id"]) is not int or given["id"] != key):
-        abort(400, f"id: takes {key}, as in the path")
-    return jsonify(found(written(given, "UPDATE degrees SET year = ?, degrees = ? WHERE id = ? RETURNING *", key), key))
+@app.route(ROW, methods=["GET", "PUT", "DELETE"])
+def one_row(row_id: int) -> dict | tuple:
+    """Return, replace or delete one row. A PUT may repeat the id, so that a client can send what GET gave it."""
+    if request.method == "PUT":
+        values = values_from_body(id=range(row_id, row_id + 1))
+        return query("UPDATE degrees SET year = ?, degrees = ? WHERE id = ? RETURNING *", *values, row_id, one=True)
+    if request.method == "DELETE":
+        query("DELETE FROM degrees WHERE id = ? RETURNING *", row_id, one=True)
+        return "", 204
+    return query("SELECT * FROM degrees WHERE id = ?", row_id, one=True)  # GET, and HEAD
 
 
-@app.delete(ONE)
-def delete(key: int) -> Response:
-    """Delete one year."""
-    found(query("DELETE FROM degrees WHERE id = ? RETURNING *", key), key)
-    return Response(status=204)
-
-
-def found(rows: list[dict[str, int]], key: int) -> dict[str, int]:
-    """Return the only row, or answer 404."""
-    if not rows:
-        abort(404, f"no degrees have the id {key}")
-    return rows[0]
-
-
-def written(given: dict[str, int], statement: str, *values: int) -> list[dict[str, int]]:
-    """Return the rows of a statement that writes year and degrees; answer 409 if another row has that year."""
-    try:
-        return query(statement, given["year"], given["degrees"], *values)
-    except sqlite3.IntegrityError:
-        abort(409, f"the year {given['year']} is there already")
+@app.get(f"{ROW}/degrees")
+def degrees_of_one_row(row_id: int) -> dict:
+    """Return the degrees alone."""
+    return query("SELECT degrees FROM degrees WHERE id = ?", row_id, one=True)
 
 
 @app.get("/health")
-def health() -> Response:
-    """Tell that requests are answered and the database read, until the server says that it is about to stop."""
-    query("SELECT 1 FROM degrees LIMIT 1")
-    draining = request.environ.get("serve.draining", False)
-    answer = jsonify(status="draining" if draining else "ok")
-    answer.status_code = 503 if draining else 200
-    answer.cache_control.no_store = True
-    return answer
+def health() -> tuple:
+    """Report that the database can be read. Answer 503 once the server has begun to stop."""
+    query("SELECT * FROM degrees LIMIT 1")
+    status, code = ("draining", 503) if request.environ.get("serve.draining") else ("ok", 200)
+    return {"status": status}, code, {"Cache-Control": "no-store"}
 
 
 @app.errorhandler(HTTPException)
-def one_line(error: HTTPException) -> Response:
-    """Answer an error, a crash of a view (500) included, in one line of JSON; headers such as Allow stay."""
-    answer = jsonify(error=f"{error.name}: {error.description}")
-    answer.status_code = error.code
-    answer.headers.extend((name, value) for name, value in error.get_headers() if name != "Content-Type")
-    return answer
-
-
-@app.errorhandler(sqlite3.OperationalError)
-def busy(error: sqlite3.OperationalError) -> Response:
-    """Answer 503 if other writers have kept the database for longer than BUSY_TIMEOUT: a client may try again."""
-    if not is_busy(error):
-        raise error
-    answer = jsonify(error="Service Unavailable: others are writing; try again")
-    answer.status_code = 503
-    answer.headers["Retry-After"] = "1"
-    return answer
+def error_as_json(error: HTTPException) -> Response:
+    """Turn Flask's HTML page for an error into one line of JSON. Keep its status and headers, such as Allow."""
+    response = error.get_response()
+    response.data = jsonify(error=error.description).data
+    response.content_type = "application/json"
+    return response
 
 
 @app.after_request
 def nosniff(response: Response) -> Response:
-    """Forbid browsers to guess another content type than the one we declare."""
+    """Tell browsers not to guess another content type."""
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
-
-
-prepare()
