@@ -1,34 +1,30 @@
-# `make` lists the targets. Each is one standard command, or a script with a name.
+# `make` lists the targets.
 .DEFAULT_GOAL := help
 .PHONY: help up down dev test check lock upgrade wheels reproduce bench
 
-# "yes" where Docker can run the service; otherwise this says why not, and `up` serves from a virtual environment.
-docker = $(shell scripts/without-docker why >&2 || echo yes)
-engine = $(shell docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1 && echo yes)
-
-# What compose passes on, for the builds below.
-comma := ,
-build = docker build --build-arg PYTHON_IMAGE $(if $(PIP_CONF),--secret id=pip_conf$(comma)src=$(PIP_CONF))
+# PYTHON_IMAGE and PIP_CONF come from the environment; .env is for compose.
+build = docker build --build-arg PYTHON_IMAGE $(PIP_CONF:%=--secret=id=pip_conf,src=%)
 
 help:      ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 # ---- run -----------------------------------------------------------------------------------------------------------
-up:        ## build, start, wait until healthy, print the address
-	@$(if $(docker),docker compose up --build --wait && echo "http://$$(docker compose port web 5000)",scripts/without-docker up)
+up:        ## build, start, wait until healthy, print the address; without Docker, serve from a virtual environment
+	@if scripts/without-docker why; then scripts/without-docker up; \
+	else docker compose up --build --wait && echo "http://$$(docker compose port web 5000)"; fi
 
 down:      ## stop and remove what `make up` or `make dev` started; volumes stay
 	@scripts/without-docker down
-	@$(if $(engine),docker compose --profile '*' down)
+	@if docker info >/dev/null 2>&1; then docker compose --profile '*' down; fi
 
-dev:       ## serve your folder with live reload, on this machine only
+dev:       ## serve your folder with live reload, on this machine only, until Ctrl-C
 	DEV_USER=$$(id -u):$$(id -g) docker compose up --build --watch dev
 
 # ---- check ---------------------------------------------------------------------------------------------------------
 test: .venv/ready ## run the tests that this machine can run
 	.venv/bin/pytest
 
-check: .venv/ready ## lint, and fail if a lock is not what its .in file asks for
+check: .venv/ready ## lint, and fail if a lock is out of date
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/hadolint Dockerfile
@@ -38,29 +34,30 @@ check: .venv/ready ## lint, and fail if a lock is not what its .in file asks for
 	diff requirements.txt .venv/lock/ && diff requirements-dev.txt .venv/lock/
 
 # ---- dependencies --------------------------------------------------------------------------------------------------
-# --no-cache-filter: the cache does not know what the index has by now.
-lock:      ## pin what the .in files ask for
+# --no-cache-filter: a cached step would not know of new releases.
+lock:      ## pin what the .in files ask for, and keep the pins that fit
 	$(build) --target lock --no-cache-filter relock --output . .
 
-upgrade:   ## pin the newest that they allow
+upgrade:   ## pin the newest releases that the .in files allow
 	$(build) --target lock --no-cache-filter relock --build-arg PIP_COMPILE_OPTIONS=--upgrade --output . .
 
 wheels:    ## collect the locked wheels, to build without a network
 	$(build) --target wheels --output wheels .
 
-# ---- prove ---------------------------------------------------------------------------------------------------------
+# ---- verify --------------------------------------------------------------------------------------------------------
 reproduce: ## build twice without cache and compare digests
 	scripts/reproduce
 
-bench:     ## measure image and service beside the alternatives; takes wrk, slowhttptest and minutes
+bench:     ## compare image and service with the alternatives; needs wrk and slowhttptest, takes minutes
 	python3 bench/container.py
 	python3 bench/service.py
 
-# ---- virtual environments, made anew for each new lock -------------------------------------------------------------
+# ---- virtual environments, made anew when a lock changes -----------------------------------------------------------
 .venv/ready: requirements.txt requirements-dev.txt
+# For scripts/without-docker.
 .venv-runtime/ready: requirements.txt
 %/ready:
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is too old: takes 3.11 or later")'
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is too old: needs 3.11 or later")'
 	python3 -m venv --clear $*
 	$*/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary=:all: $(^:%=--requirement=%)
 	@touch $@

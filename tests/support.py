@@ -294,7 +294,7 @@ class Project:
     def name_files(self, *names: str, at: str | None = None) -> None:
         """Name files and folders of an application in the Dockerfile, as its comment says."""
         lines = "".join(f"COPY --chmod=u=rwX,go=rX {name} {at or './' + name}\n" for name in names)
-        edit(self.folder / "Dockerfile", "^ARG APP_DIR", lines + "ARG APP_DIR")
+        edit(self.folder / "Dockerfile", "^# COPY .*templates\n", lines)
 
     def compose(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
         """Run a docker compose command in this copy."""

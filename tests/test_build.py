@@ -83,13 +83,14 @@ SECRETS_IN_A_FOLDER = [
     "static/.git/config",
     "static/server.key",
     "static/deep/ca.pem",
-    "static/x.sqlite3",
+    "static/x.sqlite3-wal",
 ]
 
 
 def test_only_what_is_named_gets_in(project: Project, target: str) -> None:
     """Files that no COPY names stay out, and of a folder that one names hidden files, keys and databases."""
-    for name in ("static/deep/style.css", *SECRETS, *SECRETS_IN_A_FOLDER):
+    public = {"static/deep/style.css", "static/.well-known/security.txt"}
+    for name in (*public, *SECRETS, *SECRETS_IN_A_FOLDER):
         (project.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (project.folder / name).write_text("secret = 1\n")
     project.name_files("static")
@@ -97,7 +98,7 @@ def test_only_what_is_named_gets_in(project: Project, target: str) -> None:
     code = "import pathlib; print(*(p for p in pathlib.Path('/app').rglob('*') if p.is_file() and p.suffix != '.pyc'))"
     listed = {path.removeprefix("/app/") for path in python(project.name, code).split()}
     own = {f"serve/{path.name}" for path in (ROOT / "serve").glob("*.py")} | {"app.py", "healthcheck.py"}
-    assert listed == own | {"static/deep/style.css"}
+    assert listed == own | public
 
 
 def test_a_private_clone_builds_a_readable_image(project: Project, container: Callable) -> None:

@@ -158,7 +158,7 @@ def test_an_old_python_is_refused(copy: Project) -> None:
     environ = {"PATH": f"{copy.folder}/bin:{copy.environ['PATH']}"}
     done = copy.run("make", ".venv-runtime/ready", environ=environ, check=False)
     assert done.returncode != 0
-    assert done.stderr.startswith("python3 is too old: takes 3.11 or later\n")
+    assert done.stderr.startswith("python3 is too old: needs 3.11 or later\n")
 
 
 def test_plain_pip_compile(no_engine: Project) -> None:
