@@ -2,12 +2,13 @@
 # Ordered for the build cache: what changes most often comes last. Needs Docker 28, for the symbolic modes of --chmod.
 # No `# syntax` line: it would make every build depend on a registry.
 
-# Pinned in a FROM line, where update bots look. With `--build-arg PYTHON_IMAGE=NAME`, another base, it is not pulled.
-ARG PYTHON_IMAGE=pinned
+# The base image, pinned in a FROM line, where update bots look. With `--build-arg PYTHON_IMAGE=NAME`, the build starts
+# from NAME instead and does not pull this one.
+ARG PYTHON_IMAGE
 FROM python:3.14.7-slim-trixie@sha256:ce40764625a4ff50df3548277632e7f96c4e77fe75fa848aae9885476e7df5a4 AS pinned
-FROM ${PYTHON_IMAGE} AS base
-# ARG, not ENV: set in the steps of this stage and of those that build on it, but not in the image. Python leaves no
-# bytecode behind, which would differ from build to build; pip fails where it would ask for a password.
+FROM ${PYTHON_IMAGE:-pinned} AS base
+# ARG, not ENV: set while this stage and those built on it run, but not in the image. Python leaves no stray bytecode,
+# which would differ from build to build, and pip fails where it would prompt for a password.
 ARG PYTHONDONTWRITEBYTECODE=1 PIP_NO_INPUT=1
 
 # ---- builder: the wheels that requirements.txt pins, each checked against its hash ---------------------------------
@@ -19,13 +20,13 @@ RUN --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
     --mount=type=cache,target=/root/.cache/pip \
     pip wheel --require-hashes --only-binary=:all: --wheel-dir=/wheels --requirement=/tmp/requirements.txt
 
-# ---- wheels: to build without a network, replace this stage by a folder: `--build-context wheels=FOLDER` -----------
+# ---- wheels: to build without a network, replace this stage with a folder: `--build-context wheels=FOLDER` -----------
 FROM scratch AS wheels
 COPY --from=builder /wheels /
 
 # ---- deps: Python and the dependencies, ready to run ---------------------------------------------------------------
 FROM base AS deps
-# (If a dependency needs a system library, install it here with apt-get. `minimal` takes it along.)
+# (System libraries that a dependency needs go here, with apt-get. `minimal` keeps those that it is linked with.)
 # The official image has no bytecode for its standard library; a read-only container would compile it at every start.
 # Hash-based bytecode does not depend on file times, so two builds give the same files. no_debug_ranges drops the column
 # numbers of tracebacks, a fifth of the bytecode.
@@ -39,7 +40,7 @@ RUN --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
     && pip --python=/opt/venv install --no-cache-dir --no-compile --no-index --find-links=/wheels --require-hashes \
         --requirement=/tmp/requirements.txt \
     && pip --python=/opt/venv check
-# Some packages carry files for other versions of Python, which do not compile and are never imported: ignore those.
+# Some packages ship files for other versions of Python. They do not compile and are never imported: ignore the errors.
 RUN python -X no_debug_ranges -m compileall -q --invalidation-mode=unchecked-hash /opt/venv || true
 # Unbuffered, so that `docker logs` shows output at once.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
@@ -55,16 +56,16 @@ ARG APP_DIR=.
 # YOUR APPLICATION: one line for each of its modules and folders. What has no line does not get into the image.
 COPY --chmod=u=rwX,go=rX ${APP_DIR}/app.py ./
 # COPY --chmod=u=rwX,go=rX ${APP_DIR}/templates ./templates
-# checked-hash: if a changed file is mounted over one of these, Python notices.
+# checked-hash: if a changed file is mounted over one of these, Python notices. Tracebacks in your code keep their columns.
 RUN python -m compileall -q --invalidation-mode=checked-hash .
 # An unprivileged user. A number, which Kubernetes' runAsNonRoot can verify.
 USER 65532:65532
-# WORKDIR makes a folder for that user: an empty volume that is mounted at /data becomes its own. The code is root's.
+# Creates /data as that user. Docker gives an empty volume mounted there the same owner. The code stays root's.
 WORKDIR /data
 WORKDIR /app
 EXPOSE 5000
-# Every 0.2 s until the first success, so that `up --wait` returns quickly. -I isolates, -S leaves site-packages out: the
-# probe starts in half the time. An application that takes long to start needs a longer --start-period.
+# Every 0.2 s until the first success, so that `up --wait` returns quickly; a slow application needs a longer
+# --start-period. -I and -S skip PYTHON* variables and site-packages: the probe starts in half the time.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --start-interval=0.2s \
     CMD ["python", "-IS", "/app/healthcheck.py"]
 CMD ["python", "-m", "serve"]

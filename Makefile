@@ -15,7 +15,7 @@ up:        ## build, start, wait until healthy, print the address; without Docke
 
 down:      ## stop and remove what `make up` or `make dev` started; volumes stay
 	@scripts/without-docker down
-	@if docker info >/dev/null 2>&1; then docker compose --profile '*' down; fi
+	@if docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then docker compose --profile '*' down; fi
 
 dev:       ## serve your folder with live reload, on this machine only, until Ctrl-C
 	DEV_USER=$$(id -u):$$(id -g) docker compose up --build --watch dev
@@ -52,7 +52,7 @@ bench:     ## compare image and service with the alternatives; needs wrk and slo
 	python3 bench/container.py
 	python3 bench/service.py
 
-# ---- virtual environments, made anew when a lock changes -----------------------------------------------------------
+# ---- virtual environments, rebuilt when a lock changes -------------------------------------------------------------
 .venv/ready: requirements.txt requirements-dev.txt
 # For scripts/without-docker.
 .venv-runtime/ready: requirements.txt

@@ -1,6 +1,6 @@
 # Releases: `docker buildx bake` builds both images for each platform, lists what is in them and pushes them.
-# The workflow does it for a tag. By hand it takes a builder of several platforms: docs/building.md.
-# Each variable is read from the environment.
+# The workflow does it for a tag. By hand it needs a multi-platform builder: docs/building.md.
+# Each variable is read from the environment; .env is for compose.
 variable "IMAGE"        { default = "flask-helloworld" }
 variable "VERSION"      { default = "dev" }
 variable "REVISION"     { default = "" }
@@ -21,8 +21,8 @@ target "runtime" {
   tags      = ["${IMAGE}:${VERSION}"]
   platforms = ["linux/amd64", "linux/arm64"]
   attest    = ["type=provenance,mode=max", "type=sbom"]
-  # With SOURCE_DATE_EPOCH, the time of the commit, files in the image have that time, and the digest depends on the
-  # commit alone.
+  # With SOURCE_DATE_EPOCH set to the commit's time, all files get that time. The digest of each image then depends only
+  # on the commit, the base image and the labels below.
   output    = ["type=registry,rewrite-timestamp=true"]
   labels = {
     "org.opencontainers.image.version"  = VERSION

@@ -145,8 +145,9 @@ def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]
     """Return the rows of the table, measured with the copy of the project in `folder`."""
     minimal = f"{NAME}:minimal"
 
-    def build(target: str = "runtime", name: str = NAME) -> None:
-        run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--target", target, "--tag", name, ".", cwd=folder)
+    def build(*options: str, target: str = "runtime", name: str = NAME) -> None:
+        command = ["docker", "build", "--build-arg", "PYTHON_IMAGE", "--target", target, "--tag", name, *options, "."]
+        run(*command, cwd=folder)
 
     def edit() -> None:
         with (folder / "app.py").open("a") as code:
@@ -156,7 +157,7 @@ def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]
         run("docker", "run", "--rm", "--entrypoint", "python", NAME, "-IS", "-c", "pass")
 
     build()
-    build("minimal", minimal)
+    build(target="minimal", name=minimal)
     added = compressed(NAME) - compressed(base)
 
     bare()
@@ -172,6 +173,7 @@ def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]
         stops.append(seconds(lambda container=container: run("docker", "stop", container)))
         run("docker", "compose", "down", cwd=folder)
 
+    cold = [seconds(lambda: build("--no-cache")) for _ in range(min(runs, 3))]
     rebuilds = []
     for _ in range(runs):
         unchanged = seconds(build)
@@ -185,12 +187,14 @@ def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]
         ("the first by the second", spread([answer / python for answer, python in starts], "x")),
         ("`docker compose up --wait`, image built", spread(ups)),
         ("`docker stop`, idle", spread(stops)),
+        ("`docker build --no-cache`", spread(cold)),
         ("`docker build` after an edit of app.py, over one without", spread(rebuilds)),
         (
             "`minimal`: `docker export \\| gzip`, files",
             " and ".join(f"{size / 1e6:.2f} MB" for size in content(minimal)),
         ),
         ("`runtime`: `docker export \\| gzip`, files", " and ".join(f"{size / 1e6:.2f} MB" for size in content(NAME))),
+        ("`minimal`: `docker save \\| gzip`", f"{compressed(minimal) / 1e6:.2f} MB"),
         ("`minimal`: first 200, by that of `runtime`", spread([mine / other for mine, other in answers], "x")),
         ("`minimal`: memory, by that of `runtime`", spread([mine / other for mine, other in memories], "x")),
     ]

@@ -41,14 +41,14 @@ ROOT, VENV = map(pathlib.Path, sys.argv[1:])
 
 
 def place(path: pathlib.Path) -> pathlib.Path:
-    """Return where a path of the base goes in ROOT, whose folder is made."""
+    """Return where a path of the base goes in ROOT, and create its parent folder."""
     there = ROOT / path.relative_to(BASE)
     there.parent.mkdir(parents=True, exist_ok=True)
     return there
 
 
 def add_link(link: pathlib.Path) -> None:
-    """Copy a link, whose target is another matter."""
+    """Copy a symbolic link, but not what it points to."""
     link = link.parent.resolve() / link.name
     if not place(link).is_symlink():
         place(link).symlink_to(link.readlink())
@@ -114,7 +114,8 @@ def add_libraries() -> None:
 
 def add_records() -> None:
     """Record the packages that the files come from, with version and license."""
-    files = ["/" + str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if not path.is_dir()]
+    paths = [path for path in ROOT.rglob("*") if not (path.is_dir() or path.is_relative_to(place(VENV)))]
+    files = [f"/{path.relative_to(ROOT)}" for path in paths]
     # Before Debian 13, packages name some files without /usr, through a link.
     search = ["dpkg-query", "--search", *files, *(file.removeprefix("/usr") for file in files)]
     found = subprocess.run(search, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout

@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from tests.support import Project, free_port, get, many_files, run
+from tests.support import Project, edit, free_port, get, many_files, run
 
 
 def container_of(project: Project) -> dict:
@@ -74,11 +74,16 @@ def test_defaults(copy: Project, engine: None) -> None:
     assert web["build"]["target"] == "runtime"
 
 
-def test_dev_is_published_here_alone(copy: Project, engine: None) -> None:
-    """What runs a debugger stays on this machine, even where BIND opens the service to others."""
-    config = copy.compose("--profile", "dev", "config", "--format", "json", environ={"BIND": "0.0.0.0"}).stdout
-    published = {name: service["ports"][0]["host_ip"] for name, service in json.loads(config)["services"].items()}
-    assert published == {"web": "0.0.0.0", "dev": "127.0.0.1"}
+def test_dev_and_test_are_kept_apart(copy: Project, engine: None) -> None:
+    """The debugger stays on this machine even if BIND opens the service; neither dev nor test gets its data."""
+    edit(copy.folder / "compose.yaml", "^    read_only: true$", '    read_only: true\n    volumes: ["data:/data"]')
+    edit(copy.folder / "compose.yaml", "^secrets:$", "volumes: { data: }\nsecrets:")
+    config = copy.compose("--profile", "*", "config", "--format", "json", environ={"BIND": "0.0.0.0"}).stdout
+    services = json.loads(config)["services"]
+    published = {name: [port["host_ip"] for port in service.get("ports", [])] for name, service in services.items()}
+    assert published == {"web": ["0.0.0.0"], "dev": ["127.0.0.1"], "test": []}
+    mounted = {name: [volume["target"] for volume in services[name].get("volumes", [])] for name in services}
+    assert mounted == {"web": ["/data"], "dev": ["/src"], "test": []}
 
 
 def test_any_user(project: Project) -> None:
