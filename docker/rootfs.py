@@ -25,7 +25,7 @@ LEFT_OUT = {
     "lines edited on a terminal; the manual": "readline curses _curses.* pydoc_data",
     "the same in Python as in C": "_pydecimal _pyio _pydatetime",
     "databases of other libraries": "_dbm _gdbm",
-    "bytecode, which is made anew": "__pycache__",
+    "bytecode, which is compiled again": "__pycache__",
 }
 # Taken from the base, where it has them.
 DATA = {
@@ -88,7 +88,7 @@ def compile_modules(folder: pathlib.Path, optimize: int) -> None:
 
 
 def add_python() -> None:
-    """Add the interpreter, the standard library and VENV."""
+    """Add the interpreter, the standard library without docstrings and assertions, and VENV."""
     add(pathlib.Path(sys.executable))
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     left_out = re.compile("|".join(" ".join(LEFT_OUT.values()).split()))
@@ -96,9 +96,9 @@ def add_python() -> None:
     for path in (*library.iterdir(), *extensions.iterdir()):
         if path != extensions and not left_out.fullmatch(path.name.partition(".")[0]):
             add(path)
-    compile_modules(library, optimize=2)  # without docstrings and assertions
+    compile_modules(library, optimize=2)
     add(VENV)
-    compile_modules(VENV, optimize=0)
+    compile_modules(VENV / "lib", optimize=0)
 
 
 def add_libraries() -> None:
@@ -124,7 +124,7 @@ def add_records() -> None:
         license = BASE / "usr/share/doc" / name / "copyright"
         if license.exists():
             add(license)
-            for text in re.findall(r"/usr/share/common-licenses/[\w.+-]*\w", license.read_text()):
+            for text in re.findall(r"/usr/share/common-licenses/[\w.+-]*\w", license.read_text(errors="replace")):
                 add(BASE / text)
         with place(BASE / "var/lib/dpkg/status.d" / name).open("w") as record:
             subprocess.run(["dpkg-query", "--status", package], check=True, stdout=record)

@@ -22,21 +22,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# How a configuration of nginx begins that a test runs in the foreground, as any user, with all its files in one folder.
-NGINX_COMMON = """
-daemon off;
-master_process off;
-pid {folder}/nginx.pid;
-error_log stderr;
-events {{}}
-http {{
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-"""
-
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> object:
     """Return the first true value of `condition`, asked every 10 ms; fail, naming `what`, after so many seconds."""

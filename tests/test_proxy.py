@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support import NGINX_COMMON, Server, listens, program, server, wait_until
+from tests.support import Server, listens, program, server, wait_until
 
 APPLICATION = """
 import json
@@ -30,8 +30,19 @@ def where():
     })
 """
 
+# In the foreground, as any user, with all its files in one folder.
 NGINX = """
-{common}
+daemon off;
+master_process off;
+pid {folder}/nginx.pid;
+error_log stderr;
+events {{}}
+http {{
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
     access_log off;
     upstream service {{
         server {upstream};
@@ -81,7 +92,7 @@ def nginx(folder: pathlib.Path, upstream: str) -> Iterator[tuple[str, int]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
     config = folder / "nginx.conf"
-    config.write_text(NGINX.format(common=NGINX_COMMON.format(folder=folder), upstream=upstream, port=address[1]))
+    config.write_text(NGINX.format(folder=folder, upstream=upstream, port=address[1]))
     command = [program("nginx"), "-p", folder, "-e", "stderr", "-c", config]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
