@@ -158,7 +158,7 @@ def measure(folder: pathlib.Path, base: str, runs: int) -> list[tuple[str, str]]
 
     build()
     build(target="minimal", name=minimal)
-    added = compressed(NAME) - compressed(base)
+    added = compressed(f"{NAME}:latest") - compressed(base)  # without a tag, docker would save them all
 
     bare()
     starts = [(first_answer(NAME), seconds(bare)) for _ in range(runs)]
