@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -72,7 +73,7 @@ def test_up_and_down_without_an_engine(no_engine: Project) -> None:
         (no_engine.folder / "app.py").write_text(APP.format(text=text))
         done = no_engine.run("make", "up")
         assert done.stderr.startswith("No Docker Engine answers: serving from a virtual environment instead.\n")
-        assert done.stdout.splitlines()[-1] == f"{url} (log: .serve.log)"
+        assert done.stdout.splitlines()[-1] == f"{url} (not in a container; log: .serve.log)"
         assert get(url + "/") == (200, text)
     no_engine.run("make", "down")
     assert gone(url)
@@ -129,14 +130,16 @@ def test_up_on_a_taken_port(no_engine: Project) -> None:
 def test_the_env_file_counts_without_an_engine(no_engine: Project) -> None:
     """.env says what to serve and where, as for compose; the environment comes first."""
     no_engine.write({"mine/web.py": APP.format(text="from a folder") + "\n\ndef make():\n    return app\n"})
-    (no_engine.folder / ".env").write_text("# mine\nTITLE=two words\nAPP_DIR='mine' # here\nAPP=web:make()\nPORT=1\n")
+    (no_engine.folder / ".env").write_bytes(
+        b"# mine\r\nTITLE=two words\r\nAPP_DIR='mine' # here\r\nexport APP=web:make() # a factory\r\nUID=1\nPORT=1"
+    )
     no_engine.run("make", "up")
     assert get(f"http://127.0.0.1:{no_engine.environ['PORT']}/") == (200, "from a folder")
 
 
 def test_down_without_ps(no_engine: Project, tmp_path: pathlib.Path) -> None:
     """`make down` ends the server where there is no ps, as in slim containers."""
-    for tool in ("make", "sh", "cat", "rm", "dirname", "date", "sleep", "grep"):
+    for tool in ("make", "sh", "cat", "rm", "dirname", "date", "sleep", "grep", "tr"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     no_engine.run("make", "up")
     no_engine.run("make", "down", environ={"PATH": str(tmp_path)})
@@ -144,9 +147,12 @@ def test_down_without_ps(no_engine: Project, tmp_path: pathlib.Path) -> None:
 
 
 def test_down_spares_another_process(no_engine: Project) -> None:
-    """A number that a restart of the machine has given to another process ends nobody."""
-    (no_engine.folder / ".serve.pid").write_text("1\n")
-    no_engine.run("make", "down")
+    """A number that a restart of the machine has given to another process, a server even, ends nobody."""
+    with subprocess.Popen([sys.executable, "-m", "http.server", "0"], stdout=subprocess.DEVNULL) as other:
+        (no_engine.folder / ".serve.pid").write_text(f"{other.pid}\n")
+        no_engine.run("make", "down")
+        assert other.poll() is None
+        other.terminate()
     assert not (no_engine.folder / ".serve.pid").exists()
 
 
