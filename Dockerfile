@@ -7,8 +7,8 @@
 ARG PYTHON_IMAGE
 FROM python:3.14.7-slim-trixie@sha256:ce40764625a4ff50df3548277632e7f96c4e77fe75fa848aae9885476e7df5a4 AS pinned
 FROM ${PYTHON_IMAGE:-pinned} AS base
-# ARG, not ENV: set while this stage and those built on it run, but not in the image. Python leaves no stray bytecode,
-# which would differ from build to build, and pip fails where it would prompt for a password.
+# ARG, not ENV: only RUN steps see these, in this stage and those built on it; the image does not keep them.
+# Python leaves no stray bytecode, which would differ from build to build; pip fails rather than prompt for a password.
 ARG PYTHONDONTWRITEBYTECODE=1 PIP_NO_INPUT=1
 
 # ---- builder: the wheels that requirements.txt pins, each checked against its hash ---------------------------------
@@ -26,14 +26,14 @@ COPY --from=builder /wheels /
 
 # ---- deps: Python and the dependencies, ready to run ---------------------------------------------------------------
 FROM base AS deps
-# (System libraries that a dependency needs go here, with apt-get. `minimal` keeps those that it is linked with.)
+# (System libraries go here, with apt-get. `minimal` keeps only those that a dependency is linked with.)
 # The official image has no bytecode for its standard library; a read-only container would compile it at every start.
 # Hash-based bytecode does not depend on file times, so two builds give the same files. no_debug_ranges drops the column
 # numbers of tracebacks, a fifth of the bytecode.
 RUN python -X no_debug_ranges -m compileall -q --invalidation-mode=unchecked-hash \
         -x '/(test|idlelib|tkinter|turtledemo|ensurepip|site-packages)/' \
         "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
-# From the wheels only, without an index. The base image's pip does it, so the environment needs none.
+# Installs from the wheels only, without an index, and with the base image's pip: the environment gets no pip.
 RUN --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
     --mount=type=bind,from=wheels,target=/wheels \
     python -m venv --without-pip /opt/venv \
@@ -56,7 +56,7 @@ ARG APP_DIR=.
 # YOUR APPLICATION: one line for each of its modules and folders. What has no line does not get into the image.
 COPY --chmod=u=rwX,go=rX ${APP_DIR}/app.py ./
 # COPY --chmod=u=rwX,go=rX ${APP_DIR}/templates ./templates
-# checked-hash: if a changed file is mounted over one of these, Python notices. Tracebacks in your code keep their columns.
+# checked-hash: if a changed file is mounted over one of these, Python notices. Your own tracebacks keep their columns.
 RUN python -m compileall -q --invalidation-mode=checked-hash .
 # An unprivileged user. A number, which Kubernetes' runAsNonRoot can verify.
 USER 65532:65532
@@ -82,8 +82,9 @@ COPY --chmod=u=rwX,go=rX tests ./tests
 USER 65532:65532
 CMD ["python", "-m", "pytest"]
 
-# ---- lock: pins what the .in files ask for and all that it needs, in the image's own Python: `make lock` -----------
+# ---- lock: pins the packages of the .in files and all their dependencies, in the image's own Python: `make lock` ---
 FROM base AS relock
+# pip-compile is one of the development tools.
 RUN --mount=type=bind,source=requirements-dev.txt,target=/tmp/requirements-dev.txt \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
