@@ -1,5 +1,8 @@
 """Runs a WSGI application under waitress as a container should be run: `python -m serve`.
 
-Read it in this order: __main__ (what happens), settings, server (the loop, and how it ends), connection, request,
-answer (waitress's classes, and what is changed in each), log.
+From waitress: its settings, the parsing of headers, the call of the application, the threads. Ours: the loop, how long
+clients are waited for, the drain, strictness, logs.
+
+Read it in this order: settings, log, http (a request), response, channel (a connection), server (the loop and the
+drain), __main__ (the start).
 """

@@ -27,7 +27,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
 
-import inspect
 import logging
 import os
 import pathlib
@@ -38,22 +37,20 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from waitress.adjustments import Adjustments, asbool
+from waitress.adjustments import Adjustments
 
-from serve.log import log_after_all, log_as_json
+from serve.log import finish_logs, log_after_all, log_as_json
 from serve.server import Server
 from serve.settings import SettingError, read_settings
 
 log = logging.getLogger("serve")
 
-SELECT_FILES = 1024  # FD_SETSIZE: select() takes no descriptor from there on
-SPARE_FILES = 64  # descriptors that are left for what is no connection; of these each may have two, with a file
+SPARE_FILES = 64  # descriptors for what is no connection; of these each may have two, with a file
 LAST_PATIENCE = 1  # second for the application to end its own threads
 
 
 def main() -> int:
     """Serve until told to stop; return the exit code."""
-    keep_standard_streams()
     try:
         settings = read_settings(os.environ)
         handler = log_as_json(settings.log_level)
@@ -62,29 +59,21 @@ def main() -> int:
         print(f"serve: {error}", file=sys.stderr)
         return 2
     log_after_all(handler, settings.log_level)
+    if settings.unknown:
+        log.warning("No settings of waitress, and without effect: %s", ", ".join(settings.unknown))
     limit_connections(settings.waitress)
     try:
         server = Server(application, settings)
-    except OSError as error:
-        place = f"{settings.waitress['host']}:{settings.waitress['port']}"
-        print(f"serve: cannot listen on {place}: {error.strerror or error}", file=sys.stderr)
+    except (OSError, OverflowError) as error:
+        place = f"{settings.waitress.host}:{settings.waitress.port}"
+        print(f"serve: cannot listen on {place}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 1
     except RuntimeError as error:  # from the threading module: a limit of the container or the machine
-        threads = settings.waitress.get("threads", Adjustments.threads)
-        print(f"serve: cannot start {threads} threads: {error}", file=sys.stderr)
+        print(f"serve: cannot start {settings.waitress.threads} threads: {error}", file=sys.stderr)
         return 2
     code = server.run()
     end_soon(code)
     return code
-
-
-def keep_standard_streams() -> None:
-    """Open /dev/null for each standard stream that is closed: a connection would else get its number, and the log."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def load_application(name: str) -> Callable:
@@ -108,38 +97,20 @@ def load_application(name: str) -> Callable:
         raise SettingError("APP", name, problem) from failure
     if not callable(application):
         raise SettingError("APP", name, f"is of type {type(application).__name__}, not a WSGI application")
-    if not takes_a_request(application):
-        problem = f"takes no request (environ, start_response); a factory is named {module}:{attribute}()"
-        raise SettingError("APP", name, problem)
     return application
-
-
-def takes_a_request(application: Callable) -> bool:
-    """Tell whether it can be called with two arguments (PEP 3333), as far as it says: a factory mostly cannot."""
-    try:
-        signature = inspect.signature(application)
-    except (TypeError, ValueError):  # what is written in C may not say
-        return True
-    try:
-        signature.bind({}, None)
-    except TypeError:
-        return False
-    return True
 
 
 def where(failure: BaseException) -> str:
     """Return the last line of the application's own code that `failure` came through, as text, or nothing."""
-    here, own_package = pathlib.Path.cwd(), pathlib.Path(__file__).parent
-    paths = [(pathlib.Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(failure.__traceback__)]
-    own = [
-        (path, line)
-        for path, line in paths
-        if path.is_relative_to(here) and not path.is_relative_to(own_package) and "site-packages" not in path.parts
-    ]
-    return f" ({own[-1][0]}, line {own[-1][1]})" if own else ""
+    here, libraries = pathlib.Path.cwd(), {"site-packages", "serve"}
+    for frame in reversed(traceback.extract_tb(failure.__traceback__)):
+        path = pathlib.Path(frame.filename)
+        if path.is_relative_to(here) and not libraries & set(path.relative_to(here).parts):
+            return f" ({path}, line {frame.lineno})"
+    return ""
 
 
-def limit_connections(settings: dict[str, str]) -> None:
+def limit_connections(adj: Adjustments) -> None:
     """Raise the process's limit of open files as far as it goes, and lower connection_limit to what it then holds."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -147,11 +118,9 @@ def limit_connections(settings: dict[str, str]) -> None:
     except (OSError, ValueError):  # macOS says "unlimited" and takes less
         log.debug("The limit of open files cannot be raised")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if not asbool(settings["asyncore_use_poll"]):
-        files = min(files, SELECT_FILES)
-    wanted, fits = int(settings["connection_limit"]), (files - min(SPARE_FILES, files // 2)) // 2
+    wanted, fits = adj.connection_limit, (files - min(SPARE_FILES, files // 2)) // 2
     if files != resource.RLIM_INFINITY and wanted > fits:
-        settings["connection_limit"] = str(fits)
+        adj.connection_limit = fits
         log.warning("A limit of %d open files does not hold connection_limit=%d: it is now %d", files, wanted, fits)
 
 
@@ -162,6 +131,7 @@ def end_soon(code: int) -> None:
 
     def end() -> None:
         log.error("Ended with threads of the application still running")
+        finish_logs()
         os._exit(code or 1)
 
     patience = threading.Timer(LAST_PATIENCE, end)

@@ -1,91 +1,126 @@
 """The log: JSON, a line an entry; requests on standard output, everything else on standard error."""
 
+import atexit
 import io
 import json
 import logging
 import os
-import select
 import sys
 import threading
 import time
-from collections import deque
-from contextlib import suppress
+from contextvars import ContextVar
 from functools import lru_cache
-from types import TracebackType
+from json.encoder import encode_basestring_ascii
 
 log = logging.getLogger("serve")
 
+# The id of the request that the current thread works on.
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-class Outlet:
-    """A file descriptor for lines of a log. It does not wait: who reads it may have stopped, and would stop us.
 
-    That holds for a pipe of its own, a file and a terminal. What an application prints to the same pipe may take the
-    room between the question whether there is some and the writing.
+class Writer(threading.Thread):
+    """Writes lines to a file descriptor in a thread of its own: a stalled reader must not stall the server.
+
+    It may collect them for a moment: to wake the reader for every request costs a third of a small one.
     """
 
-    LIMIT = 1_000_000  # bytes that wait to be written; what does not fit is lost
+    LIMIT = 1_000_000  # bytes that wait; lines beyond that are lost
+    REPORT = 10.0  # seconds between two reports of lost lines
 
-    def __init__(self, fd: int) -> None:
-        """Write to `fd`, which stays blocking: it may be somebody else's terminal too."""
-        self.fd = fd
-        if os.isatty(fd):
-            # A terminal has room for less than a pipe when it says that it has any. Opened anew, it can be told not to
-            # wait without telling everybody who has it.
-            with suppress(OSError):
-                self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        self.room = select.poll()
-        self.room.register(self.fd, select.POLLOUT)
-        self.lines: deque[bytes] = deque()
-        self.waiting = 0
-        self.lost = 0
-        self.lock = threading.Lock()
+    def __init__(self, fd: int, name: str, moment: float = 0) -> None:
+        """Write to `fd`, which `name` names in reports; collect for `moment` seconds."""
+        super().__init__(name=name, daemon=True)
+        self.fd, self.moment, self.process = fd, moment, os.getpid()
+        self.lock, self.some = threading.Lock(), threading.Event()
+        self.lines: list[bytes] = []
+        self.waiting = 0  # bytes
+        self.lost = 0  # lines
+        self.reported = -self.REPORT
+        self.start()
+        writers.append(self)
 
     def write(self, line: str) -> None:
-        """Keep a line, which ends with a newline, to be written by flush()."""
+        """Have a line written, which ends with a newline."""
+        encoded = line.encode()
+        if os.getpid() != self.process:  # a fork of the application's, where this thread does not run
+            os.write(self.fd, encoded)
+            return
         with self.lock:
-            if self.waiting > self.LIMIT:
+            fits = self.waiting <= self.LIMIT
+            if fits:
+                self.lines.append(encoded)
+                self.waiting += len(encoded)
+            else:
                 self.lost += 1
-                return
-            encoded = line.encode()
-            self.lines.append(encoded)
-            self.waiting += len(encoded)
+        if not self.some.is_set():
+            self.some.set()
+        if not fits:
+            self.report()
 
-    def flush(self) -> None:
-        """Write what can be written now, in one thread at a time: whole lines where they are not very long."""
-        while self.lines and self.room.poll(0):
-            chunk = self.lines.popleft()
-            while self.lines and len(chunk) + len(self.lines[0]) <= select.PIPE_BUF:
-                chunk += self.lines.popleft()
-            failed = 0
+    def run(self) -> None:
+        """Write what there is, again and again."""
+        while self.some.wait():
+            time.sleep(self.moment)
+            self.some.clear()
+            lines = self.lines[:]
+            data, failed = b"".join(lines), 0
             try:
-                # So much a pipe takes at once, if it takes anything (POSIX, write()).
-                written = os.write(self.fd, chunk[: select.PIPE_BUF])
-            except BlockingIOError:
-                self.lines.appendleft(chunk)
-                return
+                while data:
+                    data = data[os.write(self.fd, data) :]
             except OSError:  # nobody reads any more, or the disk is full
-                written, failed = len(chunk), chunk.count(b"\n")
-            if written < len(chunk):
-                self.lines.appendleft(chunk[written:])
+                failed = data.count(b"\n")
             with self.lock:
-                self.waiting -= written
+                del self.lines[: len(lines)]
+                self.waiting -= sum(map(len, lines))
                 self.lost += failed
+            self.report()
 
-    def finish(self, seconds: float) -> None:
-        """Write what is left, for at most so long; the rest is lost."""
-        deadline = time.monotonic() + seconds
-        while self.lines and time.monotonic() < deadline:
-            self.room.poll(50)
-            self.flush()
+    def report(self) -> None:
+        """Log how many lines are lost, if any are, now and then."""
         with self.lock:
-            self.lost += b"".join(self.lines).count(b"\n")
-            self.lines.clear()
+            if not self.lost or time.monotonic() < self.reported + self.REPORT:
+                return
+            lost, self.lost, self.reported = self.lost, 0, time.monotonic()
+        log.warning("Lines of %s that could not be written: %d", self.name, lost)
 
-    def count_lost(self) -> int:
-        """Return how many lines have been lost since the last call."""
+    def finish(self) -> None:
+        """Wait until all is written, for half a second at most; the rest is lost."""
+        deadline = time.monotonic() + 0.5
+        while self.waiting and time.monotonic() < deadline:
+            time.sleep(0.005)
         with self.lock:
-            lost, self.lost = self.lost, 0
-        return lost
+            self.lost += len(self.lines)
+            self.reported = -self.REPORT
+        self.report()
+
+
+writers: list[Writer] = []
+
+
+@atexit.register  # before the application registers its functions, so after they have run
+def finish_logs() -> None:
+    """Write what is left; to standard error last, because the others report there."""
+    for writer in reversed(writers):
+        writer.finish()
+
+
+class JSONFormatter(logging.Formatter):
+    """Makes an object of each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as JSON, without a newline."""
+        entry = {"time": timestamp(record.created), "level": record.levelname, "logger": record.name}
+        try:
+            entry["message"] = record.getMessage()
+        except Exception as error:  # logging would print a traceback in place of the message
+            entry["message"] = f"{record.msg} ({error})"
+        if identity := getattr(record, "request_id", None):
+            entry["request_id"] = identity
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            entry["stack"] = record.stack_info
+        return json.dumps(entry).replace("\x7f", "\\u007f")
 
 
 class ErrorStream(io.TextIOBase):
@@ -98,70 +133,26 @@ class ErrorStream(io.TextIOBase):
         return len(text)
 
 
-class JSONFormatter(logging.Formatter):
-    """Makes an object of each record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as one line of JSON."""
-        entry = {
-            "time": timestamp(record.created),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        if record.stack_info:
-            entry["stack"] = record.stack_info
-        return json_line(entry).rstrip()
-
-
-def json_line(entry: dict) -> str:
-    """Return an object as a line that no terminal acts upon: of ASCII, and delete is the one control JSON leaves."""
-    return json.dumps(entry).replace("\x7f", "\\u007f") + "\n"
-
-
-def timestamp(when: float) -> str:
-    """Return a time (seconds since the epoch) as RFC 3339 has it, in UTC, with milliseconds."""
-    second = int(when)
-    return f"{to_the_second(second)}.{int((when - second) * 1000):03d}Z"
-
-
-@lru_cache(maxsize=1)
-def to_the_second(second: int) -> str:
-    """Return the larger part of a time, which is the same for many requests."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-
-
 def log_as_json(level: str) -> logging.Handler:
     """Send what the process logs and warns of to standard error, from `level` on; return the handler that does it."""
-    handler = logging.StreamHandler(Outlet(2))
+    make = logging.getLogRecordFactory()
+
+    def make_record(*args: object, **named: object) -> logging.LogRecord:
+        record = make(*args, **named)
+        record.request_id = request_id.get()
+        return record
+
+    logging.setLogRecordFactory(make_record)
+    handler = logging.StreamHandler(Writer(2, "standard error"))
     handler.setFormatter(JSONFormatter())
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)
-    # waitress warns once for each request that finds no thread idle; Server.report() sums up.
+    # waitress warns of each request that finds no thread idle; the server reports those that wait.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    sys.excepthook = log_crash
-    threading.excepthook = log_thread
-    sys.unraisablehook = log_unraisable
+    sys.excepthook = lambda *failure: log.critical("Ended by an exception", exc_info=failure)
+    threading.excepthook = lambda ended: log.error("Thread %s has ended", ended.thread.name, exc_info=ended[:3])
+    sys.unraisablehook = lambda what: log.error("Exception ignored in %r", what.object, exc_info=what[:3])
     return handler
-
-
-def log_crash(kind: type, failure: BaseException, trace: TracebackType | None) -> None:
-    """Log what has ended the process."""
-    log.critical("Ended by an exception", exc_info=(kind, failure, trace))
-
-
-def log_thread(ended: threading.ExceptHookArgs) -> None:
-    """Log what has ended a thread of the application."""
-    failure = (ended.exc_type, ended.exc_value, ended.exc_traceback)
-    log.error("Thread %s has ended", ended.thread and ended.thread.name, exc_info=failure)
-
-
-def log_unraisable(unraisable: object) -> None:
-    """Log what failed where nobody could be told: when an object was thrown away, mostly."""
-    failure = (unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback)
-    log.error("%s: %r", unraisable.err_msg or "Exception ignored in", unraisable.object, exc_info=failure)
 
 
 def log_after_all(handler: logging.Handler, level: str) -> None:
@@ -170,3 +161,19 @@ def log_after_all(handler: logging.Handler, level: str) -> None:
     for logger in (log, logging.getLogger("waitress")):
         logger.disabled = False
     log.setLevel(level)
+
+
+def quoted(text: str | None) -> str:
+    """Return a text as JSON that no terminal acts upon: delete is the one control character that JSON leaves."""
+    return "null" if text is None else encode_basestring_ascii(text).replace("\x7f", "\\u007f")
+
+
+def timestamp(when: float) -> str:
+    """Return a time (seconds since the epoch) as RFC 3339 has it, in UTC, with milliseconds."""
+    return f"{to_the_second(int(when))}.{int(when % 1 * 1000):03d}Z"
+
+
+@lru_cache(maxsize=1)
+def to_the_second(second: int) -> str:
+    """Return the larger part of a time, which is the same for many requests."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))

@@ -98,7 +98,7 @@ def answer(connection: socket.socket) -> bytes:
         assert part, f"closed after {received!r}"
         received += part
     length = int(received.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-    while not received.partition(b"\r\n\r\n")[2][length - 1 :]:
+    while len(received.partition(b"\r\n\r\n")[2]) < length:
         part = connection.recv(65536)
         assert part, f"closed after {received!r}"
         received += part
@@ -205,10 +205,22 @@ class Server:
 
         return wait_until(lambda: len(said()) >= addresses and said(), 30, f"{addresses} addresses")
 
-    def connect(self) -> socket.socket:
-        """Return a connection to the first address."""
+    def address(self) -> tuple[str, int]:
+        """Return the first address that it listens on."""
         host, port = self.listening()[0].removeprefix("http://").rsplit(":", 1)
-        return socket.create_connection((host.strip("[]"), port), 30)
+        return host.strip("[]"), int(port)
+
+    def connect(self, receive_buffer: int | None = None) -> socket.socket:
+        """Return a connection to that; with a small buffer, the client's kernel takes little that nobody reads."""
+        if not receive_buffer:
+            return socket.create_connection(self.address(), 30)
+        connection = socket.socket()
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer
+        )  # takes effect only before it connects
+        connection.settimeout(30)
+        connection.connect(self.address())
+        return connection
 
     def exchange(self, sent: bytes) -> bytes:
         """Return what comes back on a connection of its own until the server closes it."""
@@ -223,6 +235,11 @@ class Server:
     def ended(self) -> int:
         """Return the exit code, once it has ended."""
         return self.process.wait(30)
+
+    def end(self) -> None:
+        """Stop it, which has to go well: its log is complete then."""
+        self.stop()
+        assert self.ended() == 0
 
 
 @contextmanager

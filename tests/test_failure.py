@@ -158,6 +158,7 @@ def test_nothing_sent_yet(running: Server, what: str) -> None:
     failed, fine = running.requests(2)
     assert (failed["path"], failed["status"], failed["bytes"], fine["status"]) == (f"/{what}", 500, len(body), 200)
     assert failed["request_id"].encode() in header
+    running.end()
     [logged] = [entry for entry in running.logged() if "exception" in entry]
     assert logged["message"] == f"Exception while serving /{what}"
     assert "app.py" in logged["exception"] or "waitress" in logged["exception"]
@@ -174,6 +175,7 @@ def test_after_the_first_byte(running: Server, what: str, body: bytes) -> None:
     assert answered.partition(b"\r\n\r\n")[2] == body
     assert statuses(running.exchange(LAST)) == [200]
     assert [entry["status"] for entry in running.requests(2)] == [200, 200]
+    running.end()
     assert len(running.messages()) == 1
 
 
@@ -182,6 +184,7 @@ def test_more_than_promised(running: Server) -> None:
     answered = running.exchange(GET % b"too-many" + LAST)
     assert statuses(answered) == [200, 200]
     assert b"more" not in answered
+    running.end()
     assert "exceeded the number of bytes specified by Content-Length" in running.messages()[0]
 
 
@@ -194,6 +197,7 @@ def test_client_gone_in_the_middle(running: Server) -> None:
     large, _ = running.requests(2)
     assert large["status"] == 200
     assert 0 < large["bytes"] < 90_000_000
+    running.end()
     assert running.messages() == ["Client disconnected while serving /large"]
 
 
@@ -213,7 +217,8 @@ def test_threads_all_stuck(tmp_path: pathlib.Path) -> None:
                 connection.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") % b"waits")
             wait_until(lambda: len(list(tmp_path.glob("began-*"))) == 2, 10, "both threads to be stuck")
             assert probe() == (1, "unhealthy: timed out\n")
-            assert [m for m in running.messages() if m.startswith("Requests seen waiting for one of 2 threads")]
+            waiting = "Requests seen waiting for one of 2 threads"
+            wait_until(lambda: any(m.startswith(waiting) for m in running.messages()), 10, "a warning")
             (tmp_path / "go").touch()
             assert statuses(rest(one)) == statuses(rest(two)) == [200]
         assert probe() == (0, "")

@@ -152,10 +152,15 @@ def test_the_probe_needs_no_prefix(service: Server) -> None:
     assert ask(place(service), b"/where")["address"] == "127.0.0.1"
 
 
-def test_refused_behind_the_proxy(tmp_path: pathlib.Path) -> None:
-    """What is refused before the application sees it has the client's own address on record, too."""
+@pytest.mark.parametrize(
+    ("given", "recorded"), [(b"192.0.2.1", "192.0.2.1"), (b":1.2", None)], ids=["address", "garbage"]
+)
+def test_refused_behind_the_proxy(tmp_path: pathlib.Path, given: bytes, recorded: str | None) -> None:
+    """What is refused before the application sees it is on record with the client's own address, if that is one."""
     (tmp_path / "app.py").write_text(APPLICATION)
     with server(tmp_path, BIND="127.0.0.1", PORT="0", **TRUST | {"WAITRESS_TRUSTED_PROXY": "127.0.0.1"}) as running:
-        request = b"POST / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 192.0.2.1\r\nContent-Length: 9999999\r\n\r\n"
-        assert running.exchange(request).startswith(b"HTTP/1.1 413 ")
-        assert running.requests(1)[0]["remote_addr"] == "192.0.2.1"
+        request = b"POST / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: %b\r\nContent-Length: 9999999\r\n\r\n"
+        assert running.exchange(request % given).startswith(b"HTTP/1.1 413 ")
+        [entry] = running.requests(1)
+        assert entry["status"] == 413
+        assert recorded in (None, entry["remote_addr"])

@@ -1,0 +1,304 @@
+"""Connections: each reads requests, has them answered in order, and is waited for no longer than is reasonable."""
+
+import enum
+import fcntl
+import logging
+import math
+import socket
+import sys
+import termios
+import threading
+import time
+from contextlib import suppress
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import TYPE_CHECKING
+
+from waitress.buffers import OverflowableBuffer, ReadOnlyFileBasedBuffer
+from waitress.channel import ClientDisconnected
+
+from serve.http import Request, refusal
+from serve.response import Response
+
+if TYPE_CHECKING:
+    from serve.server import Server
+
+log = logging.getLogger("serve")
+
+# Bytes per second of a body that a client has to send, or of a response that it has to take, in each READ_TIMEOUT.
+# Slower than any phone's line; without a limit, four clients that take a byte now and then hold four threads.
+SLOWEST = 1024
+LINGER = 2.0  # seconds for a client to notice that it has had its last response
+HURRY = 1.0  # seconds for whatever a client is to send, once the server closes, or while others wait for a place
+
+
+class State(enum.Enum):
+    """What a connection waits for."""
+
+    IDLE = "the next request"
+    HEADER = "the rest of its header"
+    BODY = "the rest of its body"
+    WORK = "the application"
+    RESPONSE = "the client, to take its response"
+    HALF_CLOSED = "the client, to close its side"
+
+
+class Channel:
+    """A connection.
+
+    The main thread reads, closes, and sends what a client did not take at once. A thread of waitress's calls service()
+    to answer a request. What both change is changed under `lock`.
+    """
+
+    def __init__(self, server: "Server", connection: socket.socket, address: tuple) -> None:
+        """Begin to wait for the first request."""
+        self.server, self.adj = server, server.adj
+        self.socket, self.addr = connection, address
+        self.lock = threading.Condition()
+        self.request: Request | None = None  # the one that is arriving
+        self.requests: list[Request] = []  # those that have arrived; the first is in work
+        self.outgoing: list[OverflowableBuffer | ReadOnlyFileBasedBuffer] = []  # what the client has still to take
+        self.kept = 0  # bytes that the last of these was given
+        self.sent = 0  # bytes
+        self.events = 0  # that the loop waits for
+        self.last = False  # the last response is made
+        self.ended = False  # the client sends no more
+        self.half_closed = self.closed = False
+        self.state, self.since, self.moved = State.IDLE, time.monotonic(), 0
+
+    # ---- in the main thread ----
+
+    def ready(self, events: int) -> None:
+        """Send and read, as far as that is possible now."""
+        try:
+            if events & EVENT_WRITE:
+                self.flush()
+            if events & EVENT_READ and not self.closed:
+                self.read()
+        except Exception:  # whatever it is, it must not end the server
+            log.exception("A connection is closed because of an error")
+            self.close()
+        self.attend()
+
+    def read(self) -> None:
+        """Take what the client has sent, if it has sent anything."""
+        try:
+            data = self.socket.recv(self.adj.recv_bytes)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        with self.lock:
+            if not data:
+                self.ended, self.request = True, None
+            while data and not (self.last or (self.requests and self.requests[-1].error)):
+                self.request = self.request or Request(self.adj)
+                data = data[self.request.received(data) :]
+                if self.request.completed:
+                    self.requests.append(self.request)
+                    self.request = None
+                    if len(self.requests) == 1:
+                        self.server.start(self)
+            self.update()
+
+    def flush(self) -> None:
+        """Send what the client takes now."""
+        with self.lock:
+            try:
+                while self.outgoing:
+                    block = self.outgoing[0].get(2**18)
+                    sent = self.socket.send(block) if block else 0
+                    self.sent += sent
+                    self.outgoing[0].skip(sent, True)  # noqa: FBT003
+                    if not block:
+                        self.last |= len(self.outgoing[0]) > 0  # a file has become shorter than was promised
+                        self.outgoing.pop(0).close()
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.close()
+            self.update()
+            self.lock.notify()
+
+    def attend(self) -> None:
+        """Close what is done; have the loop wait for what is to come."""
+        with self.lock:
+            if self.closed:
+                return
+            if (self.last or self.ended) and not (self.requests or self.outgoing):
+                if self.ended or self.server.full:
+                    self.close()
+                    return
+                if not self.half_closed:
+                    # Only our side: a client that still sends would else lose its response (RFC 9112, section 9.6).
+                    self.half_closed = True
+                    self.update()
+                    with suppress(OSError):
+                        self.socket.shutdown(socket.SHUT_WR)
+            if (wanted := self.wanted()) != self.events:
+                self.server.watch(self, wanted)
+
+    def close(self) -> None:
+        """Close the connection. A response that is being made meets ClientDisconnected."""
+        with self.lock:
+            self.closed = True
+            self.server.forget(self)
+            self.socket.close()
+            while self.outgoing:
+                self.outgoing.pop().close()
+            del self.requests[1:]
+            self.lock.notify()
+
+    def check(self, now: float) -> None:
+        """Do what is due if the client has kept us waiting for too long; `now` is time.monotonic()'s."""
+        waited = now - self.since
+        if self.closed or waited < self.patience():
+            return
+        if self.state in {State.BODY, State.RESPONSE} and self.progress() - self.moved >= SLOWEST * waited:
+            self.since, self.moved = now, self.progress()
+        elif self.state in {State.HEADER, State.BODY}:
+            self.time_out()
+        else:
+            if self.state == State.IDLE:
+                self.read()  # a request may have arrived just now
+            if self.state in {State.IDLE, State.RESPONSE, State.HALF_CLOSED}:
+                self.close()
+
+    def patience(self) -> float:
+        """Return for how many seconds from `since` on the client may keep us waiting."""
+        usual = {State.IDLE: self.adj.channel_timeout, State.WORK: math.inf, State.HALF_CLOSED: LINGER}
+        patience = usual.get(self.state, self.server.read_timeout)
+        if (self.server.closing or self.server.full) and self.state not in {State.WORK, State.RESPONSE}:
+            return min(patience, HURRY)
+        return patience
+
+    def progress(self) -> int:
+        """Return how many bytes of the body have arrived, or how many of the response the client has taken.
+
+        What has been sent may fill megabytes of buffers: what counts is what is acknowledged, where the system tells.
+        """
+        if self.state == State.BODY:
+            return self.request.body_bytes_received
+        with suppress(OSError):
+            return self.sent - int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return self.sent
+
+    def time_out(self) -> None:
+        """Answer 408 to the request that is arriving."""
+        self.request.error = refusal(408, "Request Timeout", "the request took too long to arrive")
+        self.requests.append(self.request)
+        self.request = None
+        self.service()  # in this thread: there is no application to wait for
+        self.attend()
+
+    # ---- in a thread of waitress's ----
+
+    def service(self) -> None:
+        """Answer the first request."""
+        request = self.requests[0]
+        self.response = Response(self, request)
+        if not self.closed:
+            self.response.make()
+        request.close()
+        with self.lock:
+            self.requests.pop(0)
+            self.last |= self.response.close_on_finish
+            if self.last or self.closed:
+                self.requests.clear()
+            self.update()
+            if self.requests:
+                self.server.start(self)
+            else:
+                self.server.in_work.discard(self)
+            if self.last or self.ended or self.server.closing or self.wanted() != self.events:
+                self.server.call(self)
+
+    def write_soon(self, *parts: bytes | ReadOnlyFileBasedBuffer) -> None:
+        """Send parts of a response, or keep what the client does not take at once; wait while too much is kept.
+
+        Raises ClientDisconnected if there is nobody to take it.
+        """
+        with self.lock:
+            if isinstance(parts[0], ReadOnlyFileBasedBuffer) and not self.response.has_body:
+                parts[0].close()
+                return
+            while sum(map(len, self.outgoing)) > self.adj.outbuf_high_watermark:
+                self.lock.wait()
+            size = len(parts[-1])
+            self.put(*parts)
+            self.response.body_sent += size
+            if self.outgoing:
+                self.update()
+                if not self.events & EVENT_WRITE:
+                    self.server.call(self)
+
+    def check_client_disconnected(self) -> bool:
+        """Tell the application, as environ["waitress.client_disconnected"](), whether the client has left."""
+        return self.closed or self.ended
+
+    # ---- in either, under the lock ----
+
+    def put(self, *parts: bytes | ReadOnlyFileBasedBuffer) -> None:
+        """Send what can be sent now, and keep the rest; raises ClientDisconnected."""
+        if self.closed:
+            raise ClientDisconnected
+        sent = 0
+        try:
+            if not self.outgoing and not isinstance(parts[0], ReadOnlyFileBasedBuffer):
+                with suppress(BlockingIOError):
+                    sent = self.socket.sendmsg(parts)
+                self.sent += sent
+            for part in parts:
+                if len(part) > sent:
+                    self.keep(part[sent:] if sent else part)
+                sent = max(0, sent - len(part))
+        except OSError as error:  # of the connection, or of a file that has found no room
+            self.last = True
+            raise ClientDisconnected from error
+
+    def keep(self, part: bytes | ReadOnlyFileBasedBuffer) -> None:
+        """Keep a part until the client takes it."""
+        most = self.adj.outbuf_high_watermark
+        if isinstance(part, ReadOnlyFileBasedBuffer):
+            self.outgoing.append(part)
+            self.kept = most
+            return
+        if not self.outgoing or self.kept >= most:  # a buffer gives its room back only as a whole: begin another
+            self.outgoing.append(OverflowableBuffer(self.adj.outbuf_overflow))
+            self.kept = 0
+        self.outgoing[-1].append(part)
+        self.kept += len(part)
+
+    def update(self) -> None:
+        """Note what is waited for now, and since when. Tell a client that asks whether to send its body to do so."""
+        if self.closed:
+            return
+        arriving = self.request and self.request.arriving
+        if arriving and self.request.expect_continue and not self.requests:
+            self.request.expect_continue = False
+            with suppress(ClientDisconnected):
+                self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.half_closed:
+            state = State.HALF_CLOSED
+        elif self.outgoing:
+            state = State.RESPONSE
+        elif self.requests:
+            state = State.WORK
+        elif arriving:
+            state = State.BODY if self.request.headers_finished else State.HEADER
+        else:
+            state = State.IDLE
+        if state != self.state:
+            self.state, self.since = state, time.monotonic()
+            self.moved = self.progress() if state in {State.BODY, State.RESPONSE} else 0
+
+    def wanted(self) -> int:
+        """Return the events that the loop is to wait for."""
+        if self.half_closed:
+            return EVENT_READ
+        reads = not (self.last or self.ended) and len(self.requests) <= self.adj.channel_request_lookahead
+        return (EVENT_READ if reads else 0) | (EVENT_WRITE if self.outgoing else 0)
+
+    def unanswered(self) -> int:
+        """Return how many requests have arrived, or are on their way out."""
+        return len(self.requests) or bool(self.outgoing)

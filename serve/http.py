@@ -1,0 +1,222 @@
+"""Requests, as they arrive: strict where waitress is lenient, so that no proxy sees another request than we do."""
+
+import random
+import re
+import time
+from contextlib import suppress
+
+from waitress.adjustments import Adjustments
+from waitress.parser import HTTPRequestParser
+from waitress.receiver import ChunkedReceiver
+from waitress.utilities import Error
+
+# RFC 9112, section 3: the parts of the request line stand between single spaces, and a target is visible ASCII.
+REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Z]+) ([!-~]+) HTTP/([0-9]\.[0-9])")
+TARGET = re.compile(rb"/|https?://[^/?#@]+(?:[/?]|$)", re.IGNORECASE)
+# No control characters (RFC 9110, section 5.5), no CR or LF alone, no folded header (RFC 9112, sections 2.2 and 5.2).
+# And not so many blanks that waitress, which tries each beginning of them with each end, is busy for a second.
+HARMFUL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n|\r\n[ \t]|[ \t]{128}")
+SINGLE = re.compile(rb"\r\n(content-length|content-type|host):", re.IGNORECASE)
+CODINGS = re.compile(rb"\r\ntransfer-encoding:[ \t]*([^\r\n]*)", re.IGNORECASE)
+# RFC 9110, section 7.2: uri-host [ ":" port ].
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]*)?")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+# RFC 9112, section 7.1: a chunk's size and its extensions, of which nothing is used; a field of the trailer, likewise.
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (TOKEN, TOKEN, QUOTED)
+SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:%b)*" % EXTENSION)
+FIELD = re.compile(TOKEN + rb":[\t -~\x80-\xff]*")
+LONGEST = 2**13  # bytes of such a line, and of a trailer
+
+
+def refusal(code: int, reason: str, why: str) -> Error:
+    """Return what a request is answered that does not reach the application."""
+    error = Error(why)
+    error.code, error.reason = code, reason
+    return error
+
+
+def bad(why: str) -> Error:
+    """Return the usual refusal."""
+    return refusal(400, "Bad Request", why)
+
+
+class Request(HTTPRequestParser):
+    """One request, as it arrives: give it to received() until it is `completed`.
+
+    Then it has an `error` to be answered, or is the application's: waitress has read its headers into `headers`,
+    `command`, `path` and so on, and its body into a buffer.
+    """
+
+    version = "1.1"  # in which a request that cannot be read is answered
+    command = request_uri = path = None
+    environ: dict | None = None  # the application's, where waitress notes what a trusted proxy says
+    began = 0.0  # when its first byte came, by time.monotonic()
+
+    def __init__(self, adj: Adjustments) -> None:
+        """Be ready for the first byte."""
+        super().__init__(adj)
+        self.head = b""
+        self.id = f"{random.getrandbits(128):032x}"  # noqa: S311 (no secret; urandom() would be a system call)
+
+    @property
+    def arriving(self) -> bool:
+        """Whether it has begun. Empty lines before it (RFC 9112, section 2.2) are none of it, nor is half of one."""
+        return self.head not in {b"", b"\r"}
+
+    def received(self, data: bytes) -> int:
+        """Take what has arrived; return how many bytes of it belong to this request."""
+        consumed = self.receive_body(data) if self.headers_finished else self.receive_head(data)
+        self.completed = self.completed or bool(self.error)
+        if self.completed:
+            self.expect_continue = False  # its body is there, or will not be read
+        return consumed
+
+    def receive_head(self, data: bytes) -> int:
+        """Take a part of the request line and headers."""
+        head = self.head + data
+        while head.startswith(b"\r\n"):
+            head = head[2:]
+        if not self.began and head:
+            self.began = time.monotonic()
+        end = head.find(b"\r\n\r\n") + 4
+        rest = len(head) - end if end >= 4 else 0  # bytes of what follows
+        self.head = head = head[: len(head) - rest]
+        line, whole, _ = head.partition(b"\r\n")
+        if whole:
+            with suppress(ValueError):  # for the log, whatever is wrong
+                self.command, self.request_uri, _ = line.decode("latin-1").split(" ")
+        most = self.adj.max_request_header_size
+        if len(head) >= most:
+            self.error = refusal(
+                431, "Request Header Fields Too Large", f"line and headers have less than {most} bytes"
+            )
+        elif HARMFUL.search(head):
+            self.error = bad("a header has no control characters, no CR or LF alone, no folds")
+        else:
+            self.error = (whole and refused_line(line)) or (end >= 4 and self.parse_head(head)) or None
+        return len(data) - rest
+
+    def parse_head(self, head: bytes) -> Error | None:
+        """Have waitress read a whole head; return what it is refused with, if it is."""
+        if error := refused_framing(head):
+            return error
+        try:
+            super().received(head)
+        except ValueError:  # a length of thousands of digits, a URL with half an IPv6 address
+            return bad("a length or an address makes no sense")
+        if self.error:
+            return self.error
+        if (self.version == "1.1" and "HOST" not in self.headers) or not HOST.fullmatch(self.headers.get("HOST", "")):
+            return bad("a request has one Host header, with a host and port")
+        if self.proxy_netloc:
+            # RFC 9112, section 3.2.2: the host of an absolute target takes the place of the Host header's.
+            self.headers["HOST"] = self.proxy_netloc
+            self.path = self.path or "/"
+        if REQUEST_ID.fullmatch(self.headers.get("X_REQUEST_ID", "")):
+            self.id = self.headers["X_REQUEST_ID"]
+        self.headers["X_REQUEST_ID"] = self.id
+        if self.chunked:
+            self.body_rcv = ChunkedBody(self.body_rcv.getbuf())
+        return None
+
+    def receive_body(self, data: bytes) -> int:
+        """Take a part of the body."""
+        try:
+            return super().received(data)
+        except OSError:  # waitress keeps the larger part in a file, whose disk may be full
+            self.error = refusal(503, "Service Unavailable", "there is no room for the body")
+            return len(data)
+
+    def close(self) -> None:
+        """Throw the body away. Even that may fail, if its file has found no room for the last bytes."""
+        with suppress(OSError):
+            super().close()
+
+
+def refused_line(line: bytes) -> Error | None:
+    """Return what a request line is refused with, if it is."""
+    if not (match := REQUEST_LINE.fullmatch(line)):
+        return bad("a request line is METHOD, target and HTTP/1.1, with a space between each")
+    method, target, version = match.groups()
+    if version not in {b"1.0", b"1.1"}:  # waitress takes all others for 1.0
+        return refusal(505, "HTTP Version Not Supported", "this server speaks HTTP/1.1 and HTTP/1.0")
+    if method == b"CONNECT":
+        return refusal(501, "Not Implemented", "this server is no proxy")
+    if not (TARGET.match(target) or (method, target) == (b"OPTIONS", b"*")):
+        return bad("a target is a path that begins with /, or an http URL")
+    return None
+
+
+def refused_framing(head: bytes) -> Error | None:
+    """Return what a head is refused with if another server may see the end of its body elsewhere."""
+    names = [name.lower() for name in SINGLE.findall(head)]
+    if len(names) > len(set(names)):
+        return bad("Content-Length, Content-Type and Host are there once")
+    if not (lines := CODINGS.findall(head)):
+        return None
+    # RFC 9112, sections 6.1 and 6.3, and RFC 9110, section 5.6.1: empty elements of a list count for nothing.
+    codings = [coding for part in b",".join(lines).split(b",") if (coding := part.strip(b" \t").lower())]
+    if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
+        return bad("Transfer-Encoding ends with chunked, and has it once")
+    if len(codings) > 1:
+        return refusal(501, "Not Implemented", "the only Transfer-Encoding known here is chunked")
+    if b"content-length" in names or head.partition(b"\r\n")[0].endswith(b"1.0"):
+        return bad("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
+    return None
+
+
+class ChunkedBody(ChunkedReceiver):
+    """A body in chunks (RFC 9112, section 7.1).
+
+    waitress's own takes some lines that end with LF alone and anything for a trailer, and writes each chunk by itself,
+    which with chunks of a byte takes a second for 100 KB. It is asked until `completed` or `error` is set.
+    """
+
+    left = 0  # bytes of the chunk that is arriving, and of the CR LF after it
+    line = b""  # the beginning of a line
+    trailer = None  # bytes of it; None before it
+
+    def received(self, data: bytes) -> int:
+        """Take what has arrived; return how many bytes of it belong to this body."""
+        taken, content = 0, []
+        while taken < len(data) and not (self.completed or self.error):
+            if self.left > 2:
+                content.append(data[taken : taken + self.left - 2])
+                taken += len(content[-1])
+                self.left -= len(content[-1])
+            elif self.left:
+                if data[taken] != (13 if self.left == 2 else 10):
+                    self.error = bad("a chunk is as long as it says")
+                taken += 1
+                self.left -= 1
+            else:
+                end = data.find(b"\n", taken) + 1 or len(data)
+                self.line += data[taken:end]
+                taken = end
+                self.error = self.take_line()
+        if content:
+            self.buf.append(b"".join(content))
+        return taken
+
+    def take_line(self) -> Error | None:
+        """Take a chunk's size or a line of the trailer, if it is whole; return what it is refused with, if it is."""
+        line, whole, _ = self.line.partition(b"\r\n")
+        if len(self.line) + (self.trailer or 0) > LONGEST or (self.line.endswith(b"\n") and not whole):
+            return bad("a line of a chunked body ends with CR LF, and is not too long")
+        if not whole:
+            return None
+        self.line = b""
+        if self.trailer is None:
+            if not (match := SIZE.fullmatch(line)):
+                return bad("a chunk begins with its size in hexadecimal digits")
+            size = int(match[1], 16)
+            self.left, self.trailer = (size + 2, None) if size else (0, 0)
+        else:
+            self.trailer += len(line)
+            self.completed = not line
+            if line and not FIELD.fullmatch(line):
+                return bad("a trailer is made of headers")
+        return None
