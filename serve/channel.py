@@ -45,8 +45,8 @@ class State(enum.Enum):
 class Channel:
     """A connection.
 
-    The main thread reads, closes, and sends what a client did not take at once. A thread of waitress's calls service()
-    to answer a request. What both change is changed under `lock`.
+    The main thread reads, closes, and sends what a client did not take at once. A worker thread calls service() to
+    answer a request. What both change is changed under `lock`.
     """
 
     def __init__(self, server: "Server", connection: socket.socket, address: tuple) -> None:
@@ -160,7 +160,7 @@ class Channel:
             self.time_out()
         else:
             if self.state == State.IDLE:
-                self.read()  # a request may have arrived just now
+                self.ready(EVENT_READ)  # a request may have arrived just now
             if self.state in {State.IDLE, State.RESPONSE, State.HALF_CLOSED}:
                 self.close()
 
@@ -191,7 +191,7 @@ class Channel:
         self.service()  # in this thread: there is no application to wait for
         self.attend()
 
-    # ---- in a thread of waitress's ----
+    # ---- in a worker thread ----
 
     def service(self) -> None:
         """Answer the first request."""

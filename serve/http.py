@@ -13,11 +13,12 @@ from waitress.utilities import Error
 # RFC 9112, section 3: the parts of the request line stand between single spaces, and a target is visible ASCII.
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Z]+) ([!-~]+) HTTP/([0-9]\.[0-9])")
 TARGET = re.compile(rb"/|https?://[^/?#@]+(?:[/?]|$)", re.IGNORECASE)
-# No control characters (RFC 9110, section 5.5), no CR or LF alone, no folded header (RFC 9112, sections 2.2 and 5.2).
-# And not so many blanks that waitress, which tries each beginning of them with each end, is busy for a second.
-HARMFUL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n|\r\n[ \t]|[ \t]{128}")
-SINGLE = re.compile(rb"\r\n(content-length|content-type|host):", re.IGNORECASE)
-CODINGS = re.compile(rb"\r\ntransfer-encoding:[ \t]*([^\r\n]*)", re.IGNORECASE)
+# What a head is made of, as far as it has arrived: lines that end with CR LF, not with one of them alone (RFC 9112,
+# section 2.2), that begin with no blank (5.2: no folded headers) and have no control character (RFC 9110, section 5.5).
+# And less than 128 blanks in a row: waitress tries each beginning of them with each end, for a second with thousands.
+LINE = rb"[!-~\x80-\xff]++(?:[ \t]{1,127}+[!-~\x80-\xff]++)*+[ \t]{0,127}+"
+HEAD = re.compile(rb"(?:%b\r\n)*+(?:%b)?(?:\r\n?)?" % (LINE, LINE))
+FRAMING = re.compile(rb"\r\n(content-length|content-type|host|transfer-encoding):([^\r]*)", re.IGNORECASE)
 # RFC 9110, section 7.2: uri-host [ ":" port ].
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]*)?")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -93,7 +94,7 @@ class Request(HTTPRequestParser):
             self.error = refusal(
                 431, "Request Header Fields Too Large", f"line and headers have less than {most} bytes"
             )
-        elif HARMFUL.search(head):
+        elif not HEAD.fullmatch(head):
             self.error = bad("a header has no control characters, no CR or LF alone, no folds")
         else:
             self.error = (whole and refused_line(line)) or (end >= 4 and self.parse_head(head)) or None
@@ -152,10 +153,12 @@ def refused_line(line: bytes) -> Error | None:
 
 def refused_framing(head: bytes) -> Error | None:
     """Return what a head is refused with if another server may see the end of its body elsewhere."""
-    names = [name.lower() for name in SINGLE.findall(head)]
-    if len(names) > len(set(names)):
+    fields = [(name.lower(), value) for name, value in FRAMING.findall(head)]
+    lines = [value for name, value in fields if name == b"transfer-encoding"]
+    names = {name for name, _ in fields}
+    if len(fields) - len(lines) > len(names - {b"transfer-encoding"}):
         return bad("Content-Length, Content-Type and Host are there once")
-    if not (lines := CODINGS.findall(head)):
+    if not lines:
         return None
     # RFC 9112, sections 6.1 and 6.3, and RFC 9110, section 5.6.1: empty elements of a list count for nothing.
     codings = [coding for part in b",".join(lines).split(b",") if (coding := part.strip(b" \t").lower())]

@@ -147,8 +147,6 @@ def log_as_json(level: str) -> logging.Handler:
     handler.setFormatter(JSONFormatter())
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)
-    # waitress warns of each request that finds no thread idle; the server reports those that wait.
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     sys.excepthook = lambda *failure: log.critical("Ended by an exception", exc_info=failure)
     threading.excepthook = lambda ended: log.error("Thread %s has ended", ended.thread.name, exc_info=ended[:3])
     sys.unraisablehook = lambda what: log.error("Exception ignored in %r", what.object, exc_info=what[:3])

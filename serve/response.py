@@ -26,7 +26,7 @@ http_date = lru_cache(maxsize=1)(build_http_date)  # the same for all in a secon
 
 
 class Response(WSGITask):
-    """The response to one request, made in a thread of waitress's.
+    """The response to one request, made in a worker thread.
 
     From waitress: execute() calls the application and gives write() each part of the body; start_response() sets
     status, response_headers and content_length. Files it gives to the channel itself, after write(b"").

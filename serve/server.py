@@ -3,9 +3,11 @@
 import errno
 import logging
 import os
+import queue
 import selectors
 import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +15,6 @@ from contextlib import suppress
 from functools import partial
 
 from waitress.proxy_headers import proxy_headers_middleware
-from waitress.task import ThreadedTaskDispatcher
 
 from serve.channel import Channel
 from serve.log import Writer
@@ -24,11 +25,13 @@ log = logging.getLogger("serve")
 CHECK = 0.25  # seconds between two looks at all connections, for clients that keep us waiting
 CHECK_CLOSING = 0.05  # the same, while somebody waits for the end
 REPORT = 10.0  # seconds between two reports of the same trouble
-NO_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # for one more open file
 
 
 class Server:
     """Serves until it is told to stop, and then for as long as what is in work takes.
+
+    The main thread runs the loop: it accepts, reads, and hands requests to worker threads, which answer them.
 
     1. SIGTERM or SIGINT: it drains. The application is told, so that its /health fails; for SHUTDOWN_DELAY all else
        goes on, until load balancers have noticed.
@@ -37,9 +40,15 @@ class Server:
     3. When the last connection is gone, or after SHUTDOWN_TIMEOUT, or at a second signal, it ends.
     """
 
+    signals = 0
     draining = False  # the application is told
     closing = False  # every response is the last on its connection
     full = False  # no more connections are accepted for now
+    room = 0  # connections that there were when it became full
+    queued = 0  # requests for which no thread was free at the last look
+    waiting = False  # the loop is, or is about to
+    checked = drained_at = closed_at = 0.0
+    reported_full = reported_queue = -REPORT
 
     def __init__(self, application: Callable, settings: Settings) -> None:
         """Listen; raises OSError where that fails, and RuntimeError if threads cannot be started."""
@@ -55,28 +64,23 @@ class Server:
             adj.clear_untrusted_proxy_headers,
             adj.log_untrusted_proxy_headers,
         )
-        self.selector = selectors.DefaultSelector()
+        self.selector = selectors.DefaultSelector()  # epoll, on Linux
         self.channels: set[Channel] = set()
-        self.in_work: set[Channel] = set()  # of these the first request is
         self.listeners = [self.listen(*address) for address in adj.listen]
         self.server_name, self.effective_port = adj.server_name, self.listeners[0].getsockname()[1]
-        self.tasks = ThreadedTaskDispatcher()
-        self.tasks.set_thread_count(adj.threads)
-        # Threads and Python's handlers of signals end the loop's waiting by writing to a pipe.
+        self.tasks: queue.SimpleQueue[Channel] = queue.SimpleQueue()
+        self.in_work: set[Channel] = set()
+        for number in range(adj.threads):
+            threading.Thread(target=self.work, name=f"worker-{number}", daemon=True).start()
+        # What ends the loop's waiting: workers write to this pipe, and so does Python when a signal comes.
         self.calls: deque[Channel] = deque()
-        self.waiting = False
         pipe, self.wakeup = os.pipe()
         os.set_blocking(self.wakeup, False)
         signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
         self.selector.register(pipe, selectors.EVENT_READ, lambda _: os.read(pipe, 4096))
-        self.signals = 0
-        self.checked = self.drained_at = self.closed_at = 0.0
-        self.reported = self.filled = -REPORT
-        self.room = 0  # connections, when it was full
-        self.queued = 0  # requests that no thread was free for
 
     def listen(self, family: int, kind: int, protocol: int, address: tuple) -> socket.socket:
-        """Return a socket that listens, watched by the loop."""
+        """Return a socket that listens; the loop waits for it."""
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -113,7 +117,7 @@ class Server:
     def poll_once(self) -> None:
         """Wait until there is something to do, and do it."""
         timeout = CHECK_CLOSING if self.closing else CHECK if self.channels or self.signals else REPORT
-        self.waiting = True  # before the look at `calls`: see call()
+        self.waiting = True  # before the look at `calls`, as call() looks at it after
         events = self.selector.select(0 if self.calls else timeout)
         self.waiting = False
         for key, ready in events:
@@ -124,19 +128,43 @@ class Server:
             self.resume()
 
     def call(self, channel: Channel) -> None:
-        """Have the main thread attend to a connection, from any thread."""
+        """Have the loop attend to a connection. It is not woken if it is awake."""
         self.calls.append(channel)
         if self.waiting:
             self.waiting = False
-            with suppress(BlockingIOError):  # enough is in the pipe to wake it
+            with suppress(BlockingIOError):  # there is enough in the pipe
                 os.write(self.wakeup, b"x")
+
+    def check(self, now: float) -> None:
+        """Close the connections that keep us waiting; report requests that have waited for a thread since last time."""
+        self.checked = now
+        for channel in list(self.channels):
+            channel.check(now)
+        if self.full and len(self.channels) < self.adj.connection_limit:
+            self.resume()
+        before, self.queued = self.queued, max(0, len(self.in_work) - self.adj.threads)
+        if before and self.queued and now >= self.reported_queue + REPORT:
+            self.reported_queue = now
+            log.warning("Requests seen waiting for one of %d threads: %d", self.adj.threads, self.queued)
+
+    def work(self) -> None:
+        """Answer requests: what a worker thread does."""
+        while True:
+            self.tasks.get().service()
+
+    def start(self, channel: Channel) -> None:
+        """Have a connection's first request answered as soon as a worker is free."""
+        self.in_work.add(channel)
+        self.tasks.put(channel)
+
+    # ---- connections ----
 
     def accept(self, listener: socket.socket, _events: int = 0) -> bool:
         """Accept a connection; tell whether there was one."""
         try:
             connection, address = listener.accept()
         except OSError as error:
-            if error.errno in NO_FILES:
+            if error.errno in NO_ROOM:
                 self.fill(f"no connection can be accepted ({error.strerror})")
             return False
         connection.setblocking(False)
@@ -157,65 +185,45 @@ class Server:
             self.full = True
             for listener in self.listeners:
                 self.selector.unregister(listener)
-        if (now := time.monotonic()) >= self.filled + REPORT:
-            self.filled = now
+        if (now := time.monotonic()) >= self.reported_full + REPORT:
+            self.reported_full = now
             log.warning(reason)
 
     def resume(self) -> None:
-        """Accept connections."""
+        """Accept connections again."""
         self.full = False
         for listener in self.listeners:
             self.selector.register(listener, selectors.EVENT_READ, partial(self.accept, listener))
 
     def watch(self, channel: Channel, events: int) -> None:
-        """Wait for a connection's events. For none it is not registered: epoll would report those that hang up."""
-        if not events:
-            self.selector.unregister(channel.socket)
-        elif channel.events:
+        """Wait for events of a connection. For none it is not registered: epoll would report those that hang up."""
+        if not channel.events:
+            self.selector.register(channel.socket, events, channel.ready)
+        elif events:
             self.selector.modify(channel.socket, events, channel.ready)
         else:
-            self.selector.register(channel.socket, events, channel.ready)
+            self.selector.unregister(channel.socket)
         channel.events = events
 
     def forget(self, channel: Channel) -> None:
-        """Wait for a connection no more."""
+        """Wait no more for a connection that is about to be closed."""
         if channel.events:
             self.watch(channel, 0)
         self.channels.discard(channel)
-
-    def start(self, channel: Channel) -> None:
-        """Have a connection's first request answered by one of waitress's threads, from any thread."""
-        self.in_work.add(channel)
-        self.tasks.add_task(channel)
-
-    def check(self, now: float) -> None:
-        """Close the connections that keep us waiting, and report requests that wait for a thread."""
-        self.checked = now
-        for channel in list(self.channels):
-            channel.check(now)
-        if self.full and len(self.channels) < self.adj.connection_limit:
-            self.resume()
-        idle = len(self.tasks.threads) - self.tasks.active_count
-        queued = len(self.tasks.queue) - idle
-        if min(queued, self.queued) > 0 and now >= self.reported + REPORT:
-            log.warning("Requests seen waiting for one of %d threads: %d", self.adj.threads, queued)
-            self.reported = now
-        self.queued = queued
 
     # ---- the end ----
 
     def shut_down(self, now: float) -> int | None:
         """Take the next step that is due; return the exit code once it was the last."""
+        delay, timeout = self.settings.shutdown_delay, self.settings.shutdown_timeout
         if not self.draining:
             self.draining, self.drained_at = True, now
-            log.info("Draining: accepting connections for %g s more", self.settings.shutdown_delay)
-        if not self.closing and now >= self.drained_at + self.settings.shutdown_delay:
+            log.info("Draining: accepting connections for %g s more", delay)
+        if not self.closing and now >= self.drained_at + delay:
             self.close_listeners()
             self.closing, self.closed_at = True, now
-            log.info(
-                "Closing: waiting at most %g s; requests in work: %d", self.settings.shutdown_timeout, self.unanswered()
-            )
-        if self.signals > 1 or (self.closing and now >= self.closed_at + self.settings.shutdown_timeout):
+            log.info("Closing: waiting at most %g s; requests in work: %d", timeout, self.unanswered())
+        if self.signals > 1 or (self.closing and now >= self.closed_at + timeout):
             if unanswered := self.unanswered():
                 log.error("Abandoned requests: %d", unanswered)
             return 1 if unanswered or self.signals > 1 else 0
@@ -226,16 +234,18 @@ class Server:
 
     def close_listeners(self) -> None:
         """Accept whoever waits to be, then listen no more."""
-        for listener in self.listeners:
+        while self.listeners:
+            listener = self.listeners[0]
             while self.accept(listener):
                 pass
-            # Not only close(): a child that the application has forked has the socket too, and would listen on.
-            with suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
             if not self.full:
                 self.selector.unregister(listener)
+            with suppress(OSError):  # of macOS
+                # Not only close(): a child that the application has forked has the socket too, and would listen on.
+                listener.shutdown(socket.SHUT_RDWR)
             listener.close()
-        self.listeners, self.full = [], False
+            self.listeners.pop(0)
+        self.full = False
 
     def unanswered(self) -> int:
         """Return how many requests have arrived, are in work or on their way out."""

@@ -24,8 +24,6 @@ from tests.support import ROOT
         (task.Task.write, ["self", "data"]),
         (task.WSGITask.execute, ["self"]),
         (task.WSGITask.get_environment, ["self"]),
-        (task.ThreadedTaskDispatcher.add_task, ["self", "task"]),
-        (task.ThreadedTaskDispatcher.set_thread_count, ["self", "count"]),
         (buffers.OverflowableBuffer.__init__, ["self", "overflow"]),
         (buffers.OverflowableBuffer.append, ["self", "s"]),
         (buffers.OverflowableBuffer.get, ["self", "numbytes", "skip"]),
