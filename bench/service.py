@@ -1,246 +1,313 @@
-"""Measure the service under load, beside the same application under waitress-serve. Prints Markdown tables.
+"""Measure the service under load, beside other servers with the same application. Prints Markdown tables.
 
-    python bench/service.py [--runs 5]
+    python bench/service.py [--only throughput] [--runs 5] [--seconds 3] [--quick] [--image NAME]...
 
-Needs a Docker Engine, the base image (PYTHON_IMAGE names another), wrk and slowhttptest; it asks the containers at
-their own addresses, so it runs on the engine's own Linux machine. What is compared is measured in turn within one run,
-A B A B, and given as the median; a figure in seconds or requests holds for this machine only, a ratio travels.
+Needs Linux with two CPUs, a Docker Engine on it, the base image (PYTHON_IMAGE names another), wrk and slowhttptest.
+Servers are measured in turn (A B C A B C). A ratio compares the measurements of one round, and its median is given
+with the smallest and the largest. Seconds and requests hold for this machine only, a ratio travels.
 """
 
 import argparse
 import contextlib
 import errno
-import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAME = f"flask-helloworld-bench-{uuid.uuid4().hex[:8]}"
-THREADS = "4"
+MEASURES = ["latency", "throughput", "stops", "slow", "memory"]
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+OK, END = b"HTTP/1.1 200 ", b"\r\n\r\nHello, world!\n"  # how an answer begins and ends
 
-# The same image, application and threads, served as the documentation of waitress has it: no access log there is.
-WAITRESS_SERVE = ["--entrypoint", "waitress-serve", NAME, "--listen=*:5000", f"--threads={THREADS}", "app:app"]
-VARIANTS = {
-    "waitress-serve": WAITRESS_SERVE,
-    "access log off": ["--env", "ACCESS_LOG=0", "--env", f"WAITRESS_THREADS={THREADS}", NAME],
-    "access log on": ["--env", f"WAITRESS_THREADS={THREADS}", NAME],
+# The two settings: options of `docker run`, and the CPUs of the load generator.
+COMPOSE = ["--cpus=1", "--cpuset-cpus=0,1", "--memory=256m"]
+SETTINGS = {
+    "As compose runs it: a quota of one CPU (`--cpus=1`), on two that the load generator shares": (COMPOSE, {0, 1}),
+    "A CPU of its own (`--cpuset-cpus=0`), the load generator on the other": (["--cpuset-cpus=0"], {1}),
 }
+
+# gunicorn and granian on top of the image, for the measurement only.
+RIVALS = """
+ARG PYTHON_IMAGE IMAGE
+FROM $PYTHON_IMAGE AS builder
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=cache,target=/root/.cache/pip \\
+    pip install --only-binary=:all: --target=/rivals gunicorn granian
+FROM $IMAGE
+COPY --from=builder /rivals /rivals
+ENV PYTHONPATH=/rivals
+"""
+VERSIONS = "import importlib.metadata as m; [print(n, m.version(n)) for n in ('waitress', 'gunicorn', 'granian')]"
+TUNING = ["--asyncore-use-poll", "--connection-limit=2000", "--backlog=4096"]
+LEGEND = f"""
+All serve the same application, from the same image layers, with four threads. gunicorn's sync workers have no threads
+and no keep-alive: there are four of them, and each request takes a new connection.
+
+- Access log: the service writes it, and the engine reads it (`local` driver). The others write none, as is their
+  default. That is our handicap.
+- Tuning or code: `waitress-serve, tuned` has `{" ".join(TUNING)}`, which the
+  service has by default. What it has over `waitress-serve` is tuning; what the service has over it is code. gunicorn
+  and granian are not tuned. Without tuning, waitress-serve takes 100 connections: of 256, the others wait.
+- Versions:"""
+WAITRESS, TUNED = "waitress-serve", "waitress-serve, tuned"
+
+
+def other_servers(image: str, rivals: str) -> dict[str, list[str]]:
+    """Return the image and command of each other server by its name."""
+    waitress = [image, "waitress-serve", "--listen=*:5000", "--threads=4"]
+    gunicorn = [rivals, "python", "-m", "gunicorn", "--bind=0.0.0.0:5000"]
+    granian = [rivals, "python", "-m", "granian", "--host=0.0.0.0", "--port=5000", "--interface=wsgi"]
+    return {
+        WAITRESS: [*waitress, "app:app"],
+        TUNED: [*waitress, *TUNING, "app:app"],
+        "gunicorn sync": [*gunicorn, "--workers=4", "app:app"],
+        "gunicorn gthread": [*gunicorn, "--worker-class=gthread", "--workers=1", "--threads=4", "app:app"],
+        "granian": [*granian, "--workers=1", "--blocking-threads=4", "app:app"],
+    }
 
 
 def run(*command: object, **options: object) -> str:
     """Run a command, fail if it fails, return what it prints."""
-    options = {"check": True, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options = {"check": True, "text": True, "stdout": subprocess.PIPE} | options
     return subprocess.run([str(part) for part in command], **options).stdout
 
 
 @contextlib.contextmanager
-def container(arguments: list[str]) -> Iterator[tuple[str, str]]:
+def container(*arguments: str) -> Iterator[tuple[str, str]]:
     """Run a container until the end; give its id and address, once it answers."""
-    name = run("docker", "run", "--detach", *arguments).strip()
+    name = run("docker", "run", "--detach", "--log-driver=local", *arguments).strip()
     try:
-        [facts] = json.loads(run("docker", "inspect", name))
-        [network] = facts["NetworkSettings"]["Networks"].values()
-        address = network["IPAddress"]
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                socket.create_connection((address, 5000), 1).close()
+        field = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+        address = run("docker", "inspect", f"--format={field}", name).strip()
+        for _ in range(600):
+            with contextlib.suppress(OSError), connect(address) as connection:
+                ask(connection)
                 break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+            time.sleep(0.05)
+        else:
+            raise TimeoutError(run("docker", "logs", name, stderr=subprocess.STDOUT))
         yield name, address
     finally:
         run("docker", "rm", "--force", name)
 
 
-def throughput(runs: int, connections: int) -> Iterator[list[str]]:
-    """Give a row for each variant: requests per second, and by how much they differ from waitress-serve's."""
-    rates: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    with contextlib.ExitStack() as stack:
-        running = {variant: stack.enter_context(container(VARIANTS[variant])) for variant in VARIANTS}
-        for _ in range(runs):
-            for variant, (_, address) in running.items():
-                report = run("wrk", "--threads=1", f"--connections={connections}", "--duration=3s", url(address))
-                if "Non-2xx" in report or "Socket errors" in report:
-                    raise RuntimeError(f"{variant}: {report}")
-                rates[variant].append(float(re.search(r"Requests/sec: +([0-9.]+)", report)[1]))
-    base = rates["waitress-serve"]
-    for variant, measured in rates.items():
-        ratios = [one / other for one, other in zip(measured, base, strict=True)]
-        yield [f"{variant}, {connections} connections", f"{statistics.median(measured):.0f}/s", spread(ratios, "x")]
+def connect(address: str) -> socket.socket:
+    """Return a connection to a server, on which nothing takes longer than 20 s."""
+    return socket.create_connection((address, 5000), 20)
 
 
-def url(address: str) -> str:
-    """Return what to ask a container for."""
-    return f"http://{address}:5000/"
+def ask(connection: socket.socket) -> bool:
+    """Send a request, take its answer to the last byte, tell whether another may follow; raises OSError without one."""
+    connection.sendall(REQUEST)
+    answer = b""
+    while not answer.endswith(END):
+        part = connection.recv(4096)
+        answer += part
+        if not part or not OK.startswith(answer[: len(OK)]):
+            raise ConnectionError(f"no whole answer with status 200: {answer!r}")
+    return b"connection: close" not in answer.lower()
 
 
-class KeepAlive(threading.Thread):
-    """A client that asks again and again on one connection, and takes another when told that this was the last."""
+def latency(seconds: float, address: str) -> float:
+    """Return the inverse of the median seconds of a lone client's requests, with reconnecting if it is told to."""
+    taken, connection = [], connect(address)
+    end = time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        if not ask(connection):
+            connection.close()
+            connection = connect(address)
+        taken.append(time.perf_counter() - start)
+    connection.close()
+    return 1 / statistics.median(taken)
 
-    def __init__(self, address: str) -> None:
-        """Be ready to ask the server at `address`."""
-        super().__init__()
-        self.address = address
-        self.answered, self.failed = 0, 0
 
-    def run(self) -> None:
-        """Ask until nobody listens any more."""
-        while True:
+def throughput(connections: int, seconds: float, address: str) -> float:
+    """Return the requests per second that so many busy clients get answered."""
+    # A long timeout: some of these servers let some clients wait.
+    options = ["--threads=1", "--timeout=60s", f"--connections={connections}", f"--duration={seconds}s"]
+    report = run("wrk", *options, f"http://{address}:5000/")
+    if "Non-2xx" in report or "Socket errors" in report:
+        raise RuntimeError(report)
+    return float(re.search(r"Requests/sec: +([0-9.]+)", report)[1])
+
+
+def speed(addresses: list[str], options: argparse.Namespace) -> Iterator[list[str]]:
+    """Give a row for each figure: that of the first server, then those of the others with their ratios to it."""
+    figures = {}
+    if "latency" in options.only:
+        figures["median latency of one keep-alive client (ratio: inverse)"] = partial(latency, options.seconds)
+    for connections in (1, 16, 64, 256) if "throughput" in options.only else ():
+        figures[f"requests/s, connections: {connections}"] = partial(throughput, connections, options.seconds)
+    for address in addresses:
+        throughput(16, 1, address)  # warms it up
+    for name, figure in figures.items():
+        rounds = [[figure(address) for address in addresses] for _ in range(options.runs)]
+        cells = []
+        for rates in zip(*rounds, strict=True):
+            rate = statistics.median(rates)
+            ratios = [rate / first for rate, (first, *_) in zip(rates, rounds, strict=True)]
+            value = f"{1e6 / rate:.0f} us" if figure.func is latency else f"{rate:,.0f}"
+            ratio = f": {statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
+            cells.append(value + ratio if cells else value)
+        yield [name, *cells]
+
+
+def keep_asking(address: str, answers: list[bool]) -> None:
+    """Ask on a keep-alive connection until nobody listens any more; append to `answers` whether each came whole."""
+    while True:
+        try:
+            connection = connect(address)
+        except OSError as error:
+            if error.errno not in {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH}:
+                answers.append(False)
+            return
+        with connection:
             try:
-                connection = socket.create_connection((self.address, 5000), 20)
-            except ConnectionRefusedError:
-                return
-            except OSError as error:
-                if error.errno not in {errno.EHOSTUNREACH, errno.ENETUNREACH}:
-                    self.failed += 1
-                return
-            with connection:
-                try:
-                    while self.ask(connection):
-                        pass
-                except OSError:
-                    self.failed += 1
-
-    def ask(self, connection: socket.socket) -> bool:
-        """Send one request, take its answer, tell whether another can follow; raises OSError if it is not answered."""
-        connection.sendall(REQUEST)
-        answer = b""
-        while b"\r\n\r\n" not in answer or not answer.endswith(b"!\n"):
-            if not (part := connection.recv(4096)):
-                raise ConnectionError("closed without a whole answer")
-            answer += part
-        self.answered += 1
-        return b"connection: close" not in answer.lower()
-
-
-def stops(variant: str, count: int) -> list[str]:
-    """Return a row: `docker stop`, so many times, while 16 clients with keep-alive connections ask."""
-    answered, failed, taken = 0, 0, []
-    for _ in range(count):
-        with container(VARIANTS[variant]) as (name, address):
-            clients = [KeepAlive(address) for _ in range(16)]
-            for client in clients:
-                client.start()
-            deadline = time.monotonic() + 60
-            while sum(client.answered for client in clients) < 600:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"{variant}: fewer than 600 answers in a minute")
-                time.sleep(0.01)
-            start = time.perf_counter()
-            run("docker", "stop", name)
-            taken.append(time.perf_counter() - start)
-            for client in clients:
-                client.join(30)
-            answered += sum(client.answered for client in clients)
-            failed += sum(client.failed for client in clients)
-    return [variant, f"{failed} of {answered}", f"{max(taken):.2f} s", f"{statistics.median(taken):.2f} s"]
-
-
-def honest(address: str, count: int) -> list[float]:
-    """Return the seconds that each of `count` requests takes, one after another, each on a connection of its own."""
-    taken = []
-    for _ in range(count):
-        start = time.perf_counter()
-        with socket.create_connection((address, 5000), 5) as connection:
-            connection.settimeout(5)
-            connection.sendall(REQUEST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
-            answer = b"".join(iter(lambda: connection.recv(4096), b""))
-        taken.append(time.perf_counter() - start if answer.startswith(b"HTTP/1.1 200") else float("inf"))
-        time.sleep(0.05)
-    return taken
-
-
-def slow(variant: str, kind: str) -> list[str]:
-    """Return a row: 40 honest requests alone, and while a thousand clients drip their headers (-H) or bodies (-B)."""
-    with container(VARIANTS[variant]) as (_, address):
-        alone = honest(address, 40)
-        command = ["slowhttptest", kind, "-c", "1000", "-r", "500", "-i", "1", "-l", "30", "-u", url(address)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as attack:
-            time.sleep(3)  # for all of them to be there
-            try:
-                beside = honest(address, 40)
+                another = True
+                while another:
+                    another = ask(connection)
+                    answers.append(True)
             except OSError:
-                beside = [float("inf")] * 40
+                answers.append(False)
+
+
+def stops(name: str, command: list[str], count: int) -> list[str]:
+    """Return a row: `docker stop`, so many times, while 16 clients with keep-alive connections ask."""
+    answers, taken = [], []
+    for _ in range(count):
+        with ThreadPoolExecutor(16) as clients, container(*COMPOSE, *command) as (container_id, address):
+            for _ in range(16):
+                clients.submit(keep_asking, address, answers)
+            time.sleep(1)  # of work before the stop
+            start = time.perf_counter()
+            run("docker", "stop", container_id)
+            taken.append(time.perf_counter() - start)
+    failed = f"{answers.count(False):,} of {len(answers):,}"
+    return [name, failed, f"{max(taken):.2f} s", f"{statistics.median(taken):.2f} s"]
+
+
+def honest(address: str, delay: float) -> float:
+    """Return the seconds that one request on a new connection takes, after so many seconds; infinity if it fails."""
+    time.sleep(delay)
+    start = time.perf_counter()
+    try:
+        with connect(address) as connection:
+            ask(connection)
+    except OSError:
+        return float("inf")
+    return time.perf_counter() - start
+
+
+def slow(name: str, command: list[str], kind: str, count: int) -> list[str]:
+    """Return a row: 40 honest requests while `count` clients drip their headers (-H) or bodies (-B)."""
+    with container(*COMPOSE, *command) as (_, address), ThreadPoolExecutor(40) as pool:
+        options = [kind, "-c", str(count), "-r", "1000", "-i", "1", "-l", "60", "-u", f"http://{address}:5000/"]
+        with subprocess.Popen(["slowhttptest", *options], stdout=subprocess.DEVNULL) as attack:
+            time.sleep(count / 1000 + 1)  # for all of them to be there
+            taken = list(pool.map(partial(honest, address), [number / 4 for number in range(40)]))
             attack.terminate()
-    return [
-        f"{variant}, {'headers' if kind == '-H' else 'bodies'}",
-        f"{sum(each < 1 for each in beside)} of {len(beside)}",
-        f"{statistics.median(beside) / statistics.median(alone):.2f} x",
-    ]
+    within = [f"{sum(each <= limit for each in taken)} of {len(taken)}" for limit in (1, 2)]
+    slowest = f"{max(taken):.2f} s" if max(taken) < float("inf") else "over 20 s, or failed"
+    return [f"{count:,} {'headers' if kind == '-H' else 'bodies'}, {name}", *within, slowest]
 
 
-def memory(variant: str) -> list[str]:
+def memory(name: str, command: list[str]) -> list[str]:
     """Return a row: what the server's process holds after 1,000 and after 100,000 requests."""
-    with container(VARIANTS[variant]) as (name, address):
-        process = run("docker", "inspect", "--format", "{{.State.Pid}}", name).strip()
-        resident, asked = [], 0
-        client = KeepAlive(address)
-        with socket.create_connection((address, 5000), 20) as connection:
+    with container(*COMPOSE, *command) as (container_id, address):
+        process = run("docker", "inspect", "--format={{.State.Pid}}", container_id).strip()
+        with connect(address) as connection:
             for _ in range(1_000):
-                client.ask(connection)
-        resident.append(megabytes(process))
-        while asked < 99_000:
-            report = run("wrk", "--threads=1", "--connections=16", "--duration=10s", url(address))
+                ask(connection)
+        first, asked = resident(process), 1_000
+        while asked < 100_000:
+            report = run("wrk", "--threads=1", "--connections=16", "--duration=10s", f"http://{address}:5000/")
             asked += int(re.search(r"(\d+) requests in", report)[1])
-        resident.append(megabytes(process))
-    return [variant, f"{resident[0]:.1f} MiB", f"{resident[1]:.1f} MiB", f"{resident[1] / resident[0]:.3f} x"]
+        last = resident(process)
+    return [name, f"{first:.1f} MiB", f"{last:.1f} MiB", f"{last / first:.3f} x"]
 
 
-def megabytes(process: str) -> float:
+def resident(process: str) -> float:
     """Return what a process holds in memory, in MiB."""
     status = pathlib.Path(f"/proc/{process}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
-def spread(values: list[float], unit: str) -> str:
-    """Return the median of `values`, the smallest and the largest as text."""
-    return f"{statistics.median(values):.2f} {unit} ({min(values):.2f} to {max(values):.2f})"
-
-
 def table(title: str, head: list[str], rows: Iterable[list[str]]) -> None:
-    """Print a Markdown table."""
-    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    """Print a Markdown table, each row as soon as it is measured."""
+    print(f"\n{title}\n\n| | {' | '.join(head)} |\n|---|{'---|' * len(head)}", flush=True)
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
+def measure(options: argparse.Namespace) -> None:
+    """Build the images, measure and print."""
+    secret = [f"--secret=id=pip_conf,src={os.environ['PIP_CONF']}"] if os.environ.get("PIP_CONF") else []
+    build = ["docker", "build", "--quiet", "--build-arg=PYTHON_IMAGE", *secret]
+    images, rivals = options.image or [NAME], f"{NAME}-rivals"
+    if not options.image:
+        run(*build, f"--tag={NAME}", ROOT)
+    ours = {"this image" if image == NAME else image: ["--env=WAITRESS_THREADS=4", image] for image in images}
+    everyone = other_servers(images[0], rivals) | ours
+    shown = [WAITRESS, *ours] if options.quick else list(everyone)
+    if {"latency", "throughput"} & set(options.only):
+        run(*build, f"--build-arg=IMAGE={images[0]}", f"--tag={rivals}", "-", input=RIVALS)
+        print(LEGEND, run("docker", "run", "--rm", rivals, "python", "-c", VERSIONS).strip())
+        for setting, (limits, cpus) in SETTINGS.items():
+            with contextlib.ExitStack() as stack:
+                addresses = [stack.enter_context(container(*limits, *everyone[name]))[1] for name in shown]
+                os.sched_setaffinity(0, cpus)
+                table(f"{setting} (medians of {options.runs})", shown, speed(addresses, options))
+                os.sched_setaffinity(0, {0, 1})
+    if "stops" in options.only:
+        rows = (stops(name, everyone[name], options.stops) for name in (WAITRESS, *ours))
+        table(f"{options.stops} x `docker stop` under 16 clients", ["failed requests", "slowest", "median"], rows)
+    if "slow" in options.only:
+        beside = [name for name in shown if name in {WAITRESS, TUNED, *ours}]
+        attacks = [(name, "-H", count) for count in (1_000, 3_000) for name in beside]
+        attacks += [(name, "-B", 1_000) for name in ours]
+        rows = (slow(name, everyone[name], kind, count) for name, kind, count in attacks)
+        caption = f"40 requests in 10 s beside slow clients, answered (tuned: `{' '.join(TUNING)}`)"
+        table(caption, ["within 1 s", "within 2 s", "slowest"], rows)
+    if "memory" in options.only:
+        rows = (memory(name, everyone[name]) for name in (WAITRESS, *ours))
+        table("Resident memory", ["after 1,000 requests", "after 100,000", "ratio"], rows)
+
+
 def main() -> None:
-    """Measure and print."""
+    """Read the options, see that all is there, measure, clean up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="how often to measure throughput (default: 5)")
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="what to measure (default: all)")
+    parser.add_argument("--runs", type=int, default=5, help="rounds of latency and throughput (default: 5)")
+    parser.add_argument("--seconds", type=int, default=3, help="for each figure of a round (default: 3)")
     parser.add_argument("--stops", type=int, default=20, help="how often to stop a container (default: 20)")
+    parser.add_argument("--quick", action="store_true", help="only waitress-serve at its defaults and the service")
+    parser.add_argument("--image", action="append", help="a built image to measure; may be repeated")
     options = parser.parse_args()
     if missing := [tool for tool in ("wrk", "slowhttptest") if not shutil.which(tool)]:
         sys.exit(f"bench/service.py needs {' and '.join(missing)}: apt-get install wrk slowhttptest")
+    if not {0, 1} <= os.sched_getaffinity(0):
+        sys.exit("bench/service.py needs two CPUs, 0 and 1")
+    os.sched_setaffinity(0, {0, 1})
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # 3,000 slow clients are more than the usual 1,024
     default = re.search(r"^FROM (\S+) AS pinned$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
     os.environ.setdefault("PYTHON_IMAGE", default)
-    run("docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", NAME, ROOT)
     try:
-        rows = (row for connections in (16, 64) for row in throughput(options.runs, connections))
-        table(f"Throughput (wrk, medians of {options.runs})", ["", "requests", "beside waitress-serve"], rows)
-        rows = (stops(variant, options.stops) for variant in ("waitress-serve", "access log on"))
-        table(f"{options.stops} x `docker stop`, 16 clients", ["", "failed", "slowest", "median"], rows)
-        kinds = [("waitress-serve", "-H"), ("access log on", "-H"), ("access log on", "-B")]
-        head = ["", "answered within 1 s", "median, beside that without them"]
-        table("40 requests beside 1000 slow clients", head, (slow(*kind) for kind in kinds))
-        head = ["", "after 1,000", "after 100,000 requests", ""]
-        table("Resident memory", head, (memory(variant) for variant in VARIANTS))
+        measure(options)
     finally:
-        run("docker", "image", "rm", "--force", NAME)
+        # One of them may not have been built.
+        run("docker", "image", "rm", "--force", NAME, f"{NAME}-rivals", check=False, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
