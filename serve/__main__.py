@@ -1,4 +1,4 @@
-"""Run a WSGI application under waitress as a container should be run.
+"""Run a WSGI application as a container should be run.
 
     python -m serve
 
@@ -8,27 +8,15 @@ Ends with exit code 0 once it has drained after SIGTERM or SIGINT; 1 where it ca
 requests; 2 where a variable is wrong.
 """
 
+import os
 import signal
 
-
-class Stopped(SystemExit):
-    """The process was told to stop while it still started: there is nothing to drain."""
-
-
-def stop(_signum: int, _frame: object) -> None:
-    """Handle a signal by ending the process with exit code 0."""
-    raise Stopped(0)
-
-
 if __name__ == "__main__":
-    # The kernel keeps from the first process of a container each signal that it has no handler for, and a shell starts
-    # its background jobs with SIGINT ignored: `docker stop` would take ten seconds and kill. Before the other imports,
-    # because they are most of the time that it takes to start.
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    # PID 1 receives only the signals that it handles, and a shell's background jobs ignore SIGINT. Before the other
+    # imports, which take most of the start: until then there is nothing to drain.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
 
-import logging
-import os
 import pathlib
 import pkgutil
 import resource
@@ -39,14 +27,12 @@ from collections.abc import Callable
 
 from waitress.adjustments import Adjustments
 
-from serve.log import finish_logs, log_after_all, log_as_json
+from serve.log import finish_logs, log, log_after_all, log_as_json
 from serve.server import Server
 from serve.settings import SettingError, read_settings
 
-log = logging.getLogger("serve")
-
-SPARE_FILES = 64  # descriptors for what is no connection; of these each may have two, with a file
-LAST_PATIENCE = 1  # second for the application to end its own threads
+SPARE_FILES = 64  # descriptors that are left to the application; a connection may need two, with a temporary file
+LAST_SECONDS = 1  # for the application's own threads and atexit functions
 
 
 def main() -> int:
@@ -60,7 +46,7 @@ def main() -> int:
         return 2
     log_after_all(handler, settings.log_level)
     if settings.unknown:
-        log.warning("No settings of waitress, and without effect: %s", ", ".join(settings.unknown))
+        log.warning("Ignored, because they are no settings of waitress: %s", ", ".join(settings.unknown))
     limit_connections(settings.waitress)
     try:
         server = Server(application, settings)
@@ -90,8 +76,6 @@ def load_application(name: str) -> Callable:
         application = pkgutil.resolve_name(f"{module}:{attribute}")
         if name.endswith("()"):
             application = application()
-    except Stopped:
-        raise
     except (Exception, SystemExit) as failure:
         problem = f"{type(failure).__name__}: {failure}{where(failure)}"
         raise SettingError("APP", name, problem) from failure
@@ -130,13 +114,13 @@ def end_soon(code: int) -> None:
         signal.signal(number, lambda *_: os._exit(code or 1))
 
     def end() -> None:
-        log.error("Ended with threads of the application still running")
+        log.error("Ended with threads or atexit functions of the application still running")
         finish_logs()
         os._exit(code or 1)
 
-    patience = threading.Timer(LAST_PATIENCE, end)
-    patience.daemon = True  # or the interpreter would wait for it
-    patience.start()
+    timer = threading.Timer(LAST_SECONDS, end)
+    timer.daemon = True  # or the interpreter would wait for it
+    timer.start()
 
 
 if __name__ == "__main__":

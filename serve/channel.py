@@ -1,8 +1,7 @@
-"""Connections: each reads requests, has them answered in order, and is waited for no longer than is reasonable."""
+"""Connections: each reads requests, has them answered in order, and enforces the timeouts."""
 
 import enum
 import fcntl
-import logging
 import math
 import socket
 import sys
@@ -17,18 +16,17 @@ from waitress.buffers import OverflowableBuffer, ReadOnlyFileBasedBuffer
 from waitress.channel import ClientDisconnected
 
 from serve.http import Request, refusal
+from serve.log import log
 from serve.response import Response
 
 if TYPE_CHECKING:
     from serve.server import Server
 
-log = logging.getLogger("serve")
-
-# Bytes per second of a body that a client has to send, or of a response that it has to take, in each READ_TIMEOUT.
-# Slower than any phone's line; without a limit, four clients that take a byte now and then hold four threads.
-SLOWEST = 1024
-LINGER = 2.0  # seconds for a client to notice that it has had its last response
-HURRY = 1.0  # seconds for whatever a client is to send, once the server closes, or while others wait for a place
+# Bytes per second that have to arrive of a body, or that a client has to take of a response, in each READ_TIMEOUT.
+# Slower than any phone's line. Without it, four clients that take a byte now and then hold four threads.
+MIN_RATE = 1024
+LINGER = 2.0  # seconds for a client to close its side, after its last response
+SHORT = 1.0  # second, in place of any longer timeout for what a client sends, while the server closes or is full
 
 
 class State(enum.Enum):
@@ -46,7 +44,10 @@ class Channel:
     """A connection.
 
     The main thread reads, closes, and sends what a client did not take at once. A worker thread calls service() to
-    answer a request. What both change is changed under `lock`.
+    answer a request. What both change is changed under `lock`, which is reentrant.
+
+    waitress's task, of which serve.response is made, asks a channel for `addr`, `server`, write_soon() and
+    check_client_disconnected().
     """
 
     def __init__(self, server: "Server", connection: socket.socket, address: tuple) -> None:
@@ -57,27 +58,27 @@ class Channel:
         self.request: Request | None = None  # the one that is arriving
         self.requests: list[Request] = []  # those that have arrived; the first is in work
         self.outgoing: list[OverflowableBuffer | ReadOnlyFileBasedBuffer] = []  # what the client has still to take
-        self.kept = 0  # bytes that the last of these was given
+        self.tail_bytes = 0  # that the last of these was given
         self.sent = 0  # bytes
         self.events = 0  # that the loop waits for
-        self.last = False  # the last response is made
-        self.ended = False  # the client sends no more
+        self.finished = False  # no more requests are answered
+        self.client_eof = False  # the client sends no more
         self.half_closed = self.closed = False
-        self.state, self.since, self.moved = State.IDLE, time.monotonic(), 0
+        self.state, self.since, self.progress_then = State.IDLE, time.monotonic(), 0
 
     # ---- in the main thread ----
 
-    def ready(self, events: int) -> None:
+    def on_events(self, events: int) -> None:
         """Send and read, as far as that is possible now."""
         try:
             if events & EVENT_WRITE:
                 self.flush()
             if events & EVENT_READ and not self.closed:
                 self.read()
+            self.settle()
         except Exception:  # whatever it is, it must not end the server
             log.exception("A connection is closed because of an error")
             self.close()
-        self.attend()
 
     def read(self) -> None:
         """Take what the client has sent, if it has sent anything."""
@@ -90,8 +91,8 @@ class Channel:
             return
         with self.lock:
             if not data:
-                self.ended, self.request = True, None
-            while data and not (self.last or (self.requests and self.requests[-1].error)):
+                self.client_eof, self.request = True, None
+            while data and not (self.finished or (self.requests and self.requests[-1].error)):
                 self.request = self.request or Request(self.adj)
                 data = data[self.request.received(data) :]
                 if self.request.completed:
@@ -105,13 +106,16 @@ class Channel:
         """Send what the client takes now."""
         with self.lock:
             try:
-                while self.outgoing:
+                for _ in range(4):  # blocks, then it is another connection's turn
+                    if not self.outgoing:
+                        break
                     block = self.outgoing[0].get(2**18)
                     sent = self.socket.send(block) if block else 0
                     self.sent += sent
-                    self.outgoing[0].skip(sent, True)  # noqa: FBT003
+                    self.outgoing[0].skip(sent, True)
                     if not block:
-                        self.last |= len(self.outgoing[0]) > 0  # a file has become shorter than was promised
+                        # A file that has become shorter leaves the client waiting for the rest, until we close.
+                        self.finished |= len(self.outgoing[0]) > 0
                         self.outgoing.pop(0).close()
             except BlockingIOError:
                 pass
@@ -120,17 +124,18 @@ class Channel:
             self.update()
             self.lock.notify()
 
-    def attend(self) -> None:
-        """Close what is done; have the loop wait for what is to come."""
+    def settle(self) -> None:
+        """Close what is finished; have the loop wait for the events that are wanted now."""
         with self.lock:
             if self.closed:
                 return
-            if (self.last or self.ended) and not (self.requests or self.outgoing):
-                if self.ended or self.server.full:
+            if (self.finished or self.client_eof) and not (self.requests or self.outgoing):
+                if self.client_eof or self.server.full:
                     self.close()
                     return
                 if not self.half_closed:
-                    # Only our side: a client that still sends would else lose its response (RFC 9112, section 9.6).
+                    # Only our side: close() would reset a client that still sends, and it would lose its response
+                    # (RFC 9112, section 9.6).
                     self.half_closed = True
                     self.update()
                     with suppress(OSError):
@@ -150,46 +155,49 @@ class Channel:
             self.lock.notify()
 
     def check(self, now: float) -> None:
-        """Do what is due if the client has kept us waiting for too long; `now` is time.monotonic()'s."""
+        """Close the connection, or answer 408, if its timeout has expired; `now` is time.monotonic()'s."""
+        with self.lock:
+            self.update()
         waited = now - self.since
-        if self.closed or waited < self.patience():
+        if self.closed or waited < self.timeout():
             return
-        if self.state in {State.BODY, State.RESPONSE} and self.progress() - self.moved >= SLOWEST * waited:
-            self.since, self.moved = now, self.progress()
+        if self.state in {State.BODY, State.RESPONSE} and self.progress() - self.progress_then >= MIN_RATE * waited:
+            self.since, self.progress_then = now, self.progress()
         elif self.state in {State.HEADER, State.BODY}:
             self.time_out()
-        else:
-            if self.state == State.IDLE:
-                self.ready(EVENT_READ)  # a request may have arrived just now
-            if self.state in {State.IDLE, State.RESPONSE, State.HALF_CLOSED}:
+        elif self.state == State.IDLE:
+            since = self.since
+            self.on_events(EVENT_READ)  # a request may have arrived just now
+            if self.since == since:
                 self.close()
+        else:
+            self.close()
 
-    def patience(self) -> float:
+    def timeout(self) -> float:
         """Return for how many seconds from `since` on the client may keep us waiting."""
-        usual = {State.IDLE: self.adj.channel_timeout, State.WORK: math.inf, State.HALF_CLOSED: LINGER}
-        patience = usual.get(self.state, self.server.read_timeout)
+        timeouts = {State.IDLE: self.adj.channel_timeout, State.WORK: math.inf, State.HALF_CLOSED: LINGER}
+        timeout = timeouts.get(self.state, self.server.read_timeout)
         if (self.server.closing or self.server.full) and self.state not in {State.WORK, State.RESPONSE}:
-            return min(patience, HURRY)
-        return patience
+            return min(timeout, SHORT)
+        return timeout
 
     def progress(self) -> int:
-        """Return how many bytes of the body have arrived, or how many of the response the client has taken.
+        """Return how many bytes of the body have arrived, or how many the client has taken of what was sent."""
+        return self.request.body_bytes_received if self.state == State.BODY else self.sent - self.unacknowledged()
 
-        What has been sent may fill megabytes of buffers: what counts is what is acknowledged, where the system tells.
-        """
-        if self.state == State.BODY:
-            return self.request.body_bytes_received
+    def unacknowledged(self) -> int:
+        """Return how many bytes the system's buffer, which may hold megabytes, still keeps for the client (or 0)."""
         with suppress(OSError):
-            return self.sent - int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        return self.sent
+            return int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return 0
 
     def time_out(self) -> None:
         """Answer 408 to the request that is arriving."""
-        self.request.error = refusal(408, "Request Timeout", "the request took too long to arrive")
+        self.request.error = refusal("the request took too long to arrive", 408, "Request Timeout")
         self.requests.append(self.request)
         self.request = None
         self.service()  # in this thread: there is no application to wait for
-        self.attend()
+        self.settle()
 
     # ---- in a worker thread ----
 
@@ -202,16 +210,16 @@ class Channel:
         request.close()
         with self.lock:
             self.requests.pop(0)
-            self.last |= self.response.close_on_finish
-            if self.last or self.closed:
+            self.finished |= self.response.close_on_finish
+            if self.finished or self.closed:
                 self.requests.clear()
             self.update()
             if self.requests:
                 self.server.start(self)
             else:
                 self.server.in_work.discard(self)
-            if self.last or self.ended or self.server.closing or self.wanted() != self.events:
-                self.server.call(self)
+            if self.finished or self.client_eof or self.server.closing or self.wanted() != self.events:
+                self.server.wake(self)
 
     def write_soon(self, *parts: bytes | ReadOnlyFileBasedBuffer) -> None:
         """Send parts of a response, or keep what the client does not take at once; wait while too much is kept.
@@ -230,11 +238,11 @@ class Channel:
             if self.outgoing:
                 self.update()
                 if not self.events & EVENT_WRITE:
-                    self.server.call(self)
+                    self.server.wake(self)
 
     def check_client_disconnected(self) -> bool:
         """Tell the application, as environ["waitress.client_disconnected"](), whether the client has left."""
-        return self.closed or self.ended
+        return self.closed or self.client_eof
 
     # ---- in either, under the lock ----
 
@@ -252,8 +260,10 @@ class Channel:
                 if len(part) > sent:
                     self.keep(part[sent:] if sent else part)
                 sent = max(0, sent - len(part))
-        except OSError as error:  # of the connection, or of a file that has found no room
-            self.last = True
+        except OSError as error:
+            if not isinstance(error, ConnectionError):
+                log.error("A response is cut short: %s", error)  # a file has found no room for it
+            self.finished = True
             raise ClientDisconnected from error
 
     def keep(self, part: bytes | ReadOnlyFileBasedBuffer) -> None:
@@ -261,16 +271,16 @@ class Channel:
         most = self.adj.outbuf_high_watermark
         if isinstance(part, ReadOnlyFileBasedBuffer):
             self.outgoing.append(part)
-            self.kept = most
+            self.tail_bytes = most
             return
-        if not self.outgoing or self.kept >= most:  # a buffer gives its room back only as a whole: begin another
+        if not self.outgoing or self.tail_bytes >= most:  # a buffer gives its room back only as a whole: begin another
             self.outgoing.append(OverflowableBuffer(self.adj.outbuf_overflow))
-            self.kept = 0
+            self.tail_bytes = 0
         self.outgoing[-1].append(part)
-        self.kept += len(part)
+        self.tail_bytes += len(part)
 
     def update(self) -> None:
-        """Note what is waited for now, and since when. Tell a client that asks whether to send its body to do so."""
+        """Note what is waited for now, and since when. Send 100 Continue, if the client waits for that."""
         if self.closed:
             return
         arriving = self.request and self.request.arriving
@@ -278,10 +288,12 @@ class Channel:
             self.request.expect_continue = False
             with suppress(ClientDisconnected):
                 self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.half_closed:
-            state = State.HALF_CLOSED
-        elif self.outgoing:
+        # At the end, what the system still has to send would be lost with the container.
+        ends = (self.half_closed or self.server.closing) and not self.requests
+        if self.outgoing or (ends and self.unacknowledged()):
             state = State.RESPONSE
+        elif self.half_closed:
+            state = State.HALF_CLOSED
         elif self.requests:
             state = State.WORK
         elif arriving:
@@ -290,15 +302,15 @@ class Channel:
             state = State.IDLE
         if state != self.state:
             self.state, self.since = state, time.monotonic()
-            self.moved = self.progress() if state in {State.BODY, State.RESPONSE} else 0
+            self.progress_then = self.progress() if state in {State.BODY, State.RESPONSE} else 0
 
     def wanted(self) -> int:
         """Return the events that the loop is to wait for."""
         if self.half_closed:
             return EVENT_READ
-        reads = not (self.last or self.ended) and len(self.requests) <= self.adj.channel_request_lookahead
+        reads = not (self.finished or self.client_eof) and len(self.requests) <= self.adj.channel_request_lookahead
         return (EVENT_READ if reads else 0) | (EVENT_WRITE if self.outgoing else 0)
 
     def unanswered(self) -> int:
-        """Return how many requests have arrived, or are on their way out."""
-        return len(self.requests) or bool(self.outgoing)
+        """Return how many requests have arrived and are not answered in full."""
+        return len(self.requests) or self.state == State.RESPONSE

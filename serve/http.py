@@ -1,4 +1,4 @@
-"""Requests, as they arrive: strict where waitress is lenient, so that no proxy sees another request than we do."""
+"""Requests, as they arrive. Stricter than waitress: we and any proxy must agree where each one ends."""
 
 import random
 import re
@@ -13,9 +13,9 @@ from waitress.utilities import Error
 # RFC 9112, section 3: the parts of the request line stand between single spaces, and a target is visible ASCII.
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Z]+) ([!-~]+) HTTP/([0-9]\.[0-9])")
 TARGET = re.compile(rb"/|https?://[^/?#@]+(?:[/?]|$)", re.IGNORECASE)
-# What a head is made of, as far as it has arrived: lines that end with CR LF, not with one of them alone (RFC 9112,
-# section 2.2), that begin with no blank (5.2: no folded headers) and have no control character (RFC 9110, section 5.5).
-# And less than 128 blanks in a row: waitress tries each beginning of them with each end, for a second with thousands.
+# A head (request line and headers), as far as it has arrived: lines end with CR LF, not one of them alone (RFC 9112,
+# section 2.2), begin with no blank (5.2: no folded lines), and have no control characters (RFC 9110, section 5.5).
+# At most 127 blanks in a row, because waitress's pattern takes quadratic time for them.
 LINE = rb"[!-~\x80-\xff]++(?:[ \t]{1,127}+[!-~\x80-\xff]++)*+[ \t]{0,127}+"
 HEAD = re.compile(rb"(?:%b\r\n)*+(?:%b)?(?:\r\n?)?" % (LINE, LINE))
 FRAMING = re.compile(rb"\r\n(content-length|content-type|host|transfer-encoding):([^\r]*)", re.IGNORECASE)
@@ -29,19 +29,14 @@ QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (TOKEN, TOKEN, QUOTED)
 SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:%b)*" % EXTENSION)
 FIELD = re.compile(TOKEN + rb":[\t -~\x80-\xff]*")
-LONGEST = 2**13  # bytes of such a line, and of a trailer
+MAX_CHUNK_LINE = 2**13  # bytes; of the whole trailer too
 
 
-def refusal(code: int, reason: str, why: str) -> Error:
-    """Return what a request is answered that does not reach the application."""
+def refusal(why: str, code: int = 400, reason: str = "Bad Request") -> Error:
+    """Return the error that a request is answered with which does not reach the application."""
     error = Error(why)
     error.code, error.reason = code, reason
     return error
-
-
-def bad(why: str) -> Error:
-    """Return the usual refusal."""
-    return refusal(400, "Bad Request", why)
 
 
 class Request(HTTPRequestParser):
@@ -51,7 +46,7 @@ class Request(HTTPRequestParser):
     `command`, `path` and so on, and its body into a buffer.
     """
 
-    version = "1.1"  # in which a request that cannot be read is answered
+    version = "1.1"  # to answer a request that cannot be read
     command = request_uri = path = None
     environ: dict | None = None  # the application's, where waitress notes what a trusted proxy says
     began = 0.0  # when its first byte came, by time.monotonic()
@@ -64,7 +59,7 @@ class Request(HTTPRequestParser):
 
     @property
     def arriving(self) -> bool:
-        """Whether it has begun. Empty lines before it (RFC 9112, section 2.2) are none of it, nor is half of one."""
+        """Whether its first byte is there. Empty lines before it do not count (RFC 9112, section 2.2)."""
         return self.head not in {b"", b"\r"}
 
     def received(self, data: bytes) -> int:
@@ -92,26 +87,28 @@ class Request(HTTPRequestParser):
         most = self.adj.max_request_header_size
         if len(head) >= most:
             self.error = refusal(
-                431, "Request Header Fields Too Large", f"line and headers have less than {most} bytes"
+                f"line and headers have less than {most} bytes", 431, "Request Header Fields Too Large"
             )
         elif not HEAD.fullmatch(head):
-            self.error = bad("a header has no control characters, no CR or LF alone, no folds")
+            self.error = refusal(
+                "a header has no control character, bare CR or LF, folded line, or 128 blanks in a row"
+            )
         else:
-            self.error = (whole and refused_line(line)) or (end >= 4 and self.parse_head(head)) or None
+            self.error = (whole and check_request_line(line)) or (end >= 4 and self.parse_head(head)) or None
         return len(data) - rest
 
     def parse_head(self, head: bytes) -> Error | None:
-        """Have waitress read a whole head; return what it is refused with, if it is."""
-        if error := refused_framing(head):
+        """Have waitress read a whole head; return what is wrong with it, if anything is."""
+        if error := check_framing(head):
             return error
         try:
             super().received(head)
         except ValueError:  # a length of thousands of digits, a URL with half an IPv6 address
-            return bad("a length or an address makes no sense")
+            return refusal("invalid Content-Length or URL")
         if self.error:
             return self.error
         if (self.version == "1.1" and "HOST" not in self.headers) or not HOST.fullmatch(self.headers.get("HOST", "")):
-            return bad("a request has one Host header, with a host and port")
+            return refusal("HTTP/1.1 needs exactly one valid Host header")
         if self.proxy_netloc:
             # RFC 9112, section 3.2.2: the host of an absolute target takes the place of the Host header's.
             self.headers["HOST"] = self.proxy_netloc
@@ -128,7 +125,7 @@ class Request(HTTPRequestParser):
         try:
             return super().received(data)
         except OSError:  # waitress keeps the larger part in a file, whose disk may be full
-            self.error = refusal(503, "Service Unavailable", "there is no room for the body")
+            self.error = refusal("there is no room for the body", 503, "Service Unavailable")
             return len(data)
 
     def close(self) -> None:
@@ -137,45 +134,45 @@ class Request(HTTPRequestParser):
             super().close()
 
 
-def refused_line(line: bytes) -> Error | None:
-    """Return what a request line is refused with, if it is."""
+def check_request_line(line: bytes) -> Error | None:
+    """Return what is wrong with a request line, if anything is."""
     if not (match := REQUEST_LINE.fullmatch(line)):
-        return bad("a request line is METHOD, target and HTTP/1.1, with a space between each")
+        return refusal("a request line is METHOD, target and HTTP/1.1, with a space between each")
     method, target, version = match.groups()
     if version not in {b"1.0", b"1.1"}:  # waitress takes all others for 1.0
-        return refusal(505, "HTTP Version Not Supported", "this server speaks HTTP/1.1 and HTTP/1.0")
+        return refusal("this server speaks HTTP/1.1 and HTTP/1.0", 505, "HTTP Version Not Supported")
     if method == b"CONNECT":
-        return refusal(501, "Not Implemented", "this server is no proxy")
+        return refusal("this server is no proxy", 501, "Not Implemented")
     if not (TARGET.match(target) or (method, target) == (b"OPTIONS", b"*")):
-        return bad("a target is a path that begins with /, or an http URL")
+        return refusal("a target is a path that begins with /, or an http URL")
     return None
 
 
-def refused_framing(head: bytes) -> Error | None:
-    """Return what a head is refused with if another server may see the end of its body elsewhere."""
+def check_framing(head: bytes) -> Error | None:
+    """Return what is wrong with a head about whose end, or whose body's end, servers may disagree."""
     fields = [(name.lower(), value) for name, value in FRAMING.findall(head)]
     lines = [value for name, value in fields if name == b"transfer-encoding"]
     names = {name for name, _ in fields}
     if len(fields) - len(lines) > len(names - {b"transfer-encoding"}):
-        return bad("Content-Length, Content-Type and Host are there once")
+        return refusal("Content-Length, Content-Type and Host must not be repeated")
     if not lines:
         return None
     # RFC 9112, sections 6.1 and 6.3, and RFC 9110, section 5.6.1: empty elements of a list count for nothing.
     codings = [coding for part in b",".join(lines).split(b",") if (coding := part.strip(b" \t").lower())]
     if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
-        return bad("Transfer-Encoding ends with chunked, and has it once")
+        return refusal("chunked must be the last transfer coding, and occur once")
     if len(codings) > 1:
-        return refusal(501, "Not Implemented", "the only Transfer-Encoding known here is chunked")
+        return refusal("the only transfer coding known here is chunked", 501, "Not Implemented")
     if b"content-length" in names or head.partition(b"\r\n")[0].endswith(b"1.0"):
-        return bad("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
+        return refusal("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
     return None
 
 
 class ChunkedBody(ChunkedReceiver):
     """A body in chunks (RFC 9112, section 7.1).
 
-    waitress's own takes some lines that end with LF alone and anything for a trailer, and writes each chunk by itself,
-    which with chunks of a byte takes a second for 100 KB. It is asked until `completed` or `error` is set.
+    waitress's own accepts LF alone in places and anything as a trailer, and it appends each chunk by itself: a second
+    for 100 KB in chunks of a byte. waitress calls received() until `completed` or `error` is set.
     """
 
     left = 0  # bytes of the chunk that is arriving, and of the CR LF after it
@@ -192,7 +189,7 @@ class ChunkedBody(ChunkedReceiver):
                 self.left -= len(content[-1])
             elif self.left:
                 if data[taken] != (13 if self.left == 2 else 10):
-                    self.error = bad("a chunk is as long as it says")
+                    self.error = refusal("a chunk must end with CR LF where its size says")
                 taken += 1
                 self.left -= 1
             else:
@@ -205,21 +202,21 @@ class ChunkedBody(ChunkedReceiver):
         return taken
 
     def take_line(self) -> Error | None:
-        """Take a chunk's size or a line of the trailer, if it is whole; return what it is refused with, if it is."""
+        """Take a chunk's size or a line of the trailer, if it is whole; return what is wrong with it."""
         line, whole, _ = self.line.partition(b"\r\n")
-        if len(self.line) + (self.trailer or 0) > LONGEST or (self.line.endswith(b"\n") and not whole):
-            return bad("a line of a chunked body ends with CR LF, and is not too long")
+        if len(self.line) + (self.trailer or 0) > MAX_CHUNK_LINE or (self.line.endswith(b"\n") and not whole):
+            return refusal("a line of a chunked body is too long, or does not end with CR LF")
         if not whole:
             return None
         self.line = b""
         if self.trailer is None:
             if not (match := SIZE.fullmatch(line)):
-                return bad("a chunk begins with its size in hexadecimal digits")
+                return refusal("a chunk begins with its size in hexadecimal digits")
             size = int(match[1], 16)
             self.left, self.trailer = (size + 2, None) if size else (0, 0)
         else:
             self.trailer += len(line)
             self.completed = not line
             if line and not FIELD.fullmatch(line):
-                return bad("a trailer is made of headers")
+                return refusal("invalid trailer")
         return None

@@ -1,4 +1,4 @@
-"""The log: JSON, a line an entry; requests on standard output, everything else on standard error."""
+"""The log: one JSON object a line; requests on standard output, everything else on standard error."""
 
 import atexit
 import io
@@ -19,19 +19,19 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 class Writer(threading.Thread):
-    """Writes lines to a file descriptor in a thread of its own: a stalled reader must not stall the server.
+    """Writes lines from a thread of its own, so that a stalled reader of the log stalls no request.
 
-    It may collect them for a moment: to wake the reader for every request costs a third of a small one.
+    With `delay`, in seconds, it collects lines: to wake the reader for every line costs a third of a small request.
     """
 
-    LIMIT = 1_000_000  # bytes that wait; lines beyond that are lost
+    LIMIT = 1_000_000  # bytes that may wait; lines beyond that are lost
     REPORT = 10.0  # seconds between two reports of lost lines
 
-    def __init__(self, fd: int, name: str, moment: float = 0) -> None:
-        """Write to `fd`, which `name` names in reports; collect for `moment` seconds."""
+    def __init__(self, fd: int, name: str, delay: float = 0) -> None:
+        """Write to the file descriptor `fd`; `name` says in reports what that is."""
         super().__init__(name=name, daemon=True)
-        self.fd, self.moment, self.process = fd, moment, os.getpid()
-        self.lock, self.some = threading.Lock(), threading.Event()
+        self.fd, self.delay, self.pid = fd, delay, os.getpid()
+        self.lock, self.pending = threading.Lock(), threading.Event()
         self.lines: list[bytes] = []
         self.waiting = 0  # bytes
         self.lost = 0  # lines
@@ -40,35 +40,34 @@ class Writer(threading.Thread):
         writers.append(self)
 
     def write(self, line: str) -> None:
-        """Have a line written, which ends with a newline."""
+        """Queue a line, which ends with a newline."""
         encoded = line.encode()
-        if os.getpid() != self.process:  # a fork of the application's, where this thread does not run
+        if os.getpid() != self.pid:  # a forked child does not have the thread
             os.write(self.fd, encoded)
             return
         with self.lock:
-            fits = self.waiting <= self.LIMIT
-            if fits:
-                self.lines.append(encoded)
-                self.waiting += len(encoded)
-            else:
+            if self.waiting > self.LIMIT:
                 self.lost += 1
-        if not self.some.is_set():
-            self.some.set()
-        if not fits:
-            self.report()
+                return
+            self.lines.append(encoded)
+            self.waiting += len(encoded)
+        if not self.pending.is_set():
+            self.pending.set()
 
     def run(self) -> None:
-        """Write what there is, again and again."""
-        while self.some.wait():
-            time.sleep(self.moment)
-            self.some.clear()
+        """Write what is queued, again and again."""
+        while self.pending.wait():
+            time.sleep(self.delay)
+            self.pending.clear()
             lines = self.lines[:]
             data, failed = b"".join(lines), 0
-            try:
-                while data:
+            while data:
+                try:
                     data = data[os.write(self.fd, data) :]
-            except OSError:  # nobody reads any more, or the disk is full
-                failed = data.count(b"\n")
+                except BlockingIOError:  # whoever shares the descriptor has made it non-blocking
+                    time.sleep(0.02)
+                except OSError:  # nobody reads any more, or the disk is full
+                    data, failed = b"", data.count(b"\n")
             with self.lock:
                 del self.lines[: len(lines)]
                 self.waiting -= sum(map(len, lines))
@@ -76,7 +75,7 @@ class Writer(threading.Thread):
             self.report()
 
     def report(self) -> None:
-        """Log how many lines are lost, if any are, now and then."""
+        """Log how many lines are lost, if any are, at most every REPORT seconds."""
         with self.lock:
             if not self.lost or time.monotonic() < self.reported + self.REPORT:
                 return
@@ -85,6 +84,8 @@ class Writer(threading.Thread):
 
     def finish(self) -> None:
         """Wait until all is written, for half a second at most; the rest is lost."""
+        if os.getpid() != self.pid:
+            return
         deadline = time.monotonic() + 0.5
         while self.waiting and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -97,7 +98,7 @@ class Writer(threading.Thread):
 writers: list[Writer] = []
 
 
-@atexit.register  # before the application registers its functions, so after they have run
+@atexit.register  # registered first, so it runs after the application's functions
 def finish_logs() -> None:
     """Write what is left; to standard error last, because the others report there."""
     for writer in reversed(writers):
@@ -105,7 +106,7 @@ def finish_logs() -> None:
 
 
 class JSONFormatter(logging.Formatter):
-    """Makes an object of each record."""
+    """Makes a JSON object of each record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as JSON, without a newline."""
@@ -124,7 +125,7 @@ class JSONFormatter(logging.Formatter):
 
 
 class ErrorStream(io.TextIOBase):
-    """What an application writes to environ["wsgi.errors"] (PEP 3333), as entries of the log."""
+    """environ["wsgi.errors"] (PEP 3333): logs what an application writes to it."""
 
     def write(self, text: str) -> int:
         """Log a text, without the white space at its end."""
@@ -142,27 +143,34 @@ def log_as_json(level: str) -> logging.Handler:
         record.request_id = request_id.get()
         return record
 
+    def log_thread(ended: threading.ExceptHookArgs) -> None:
+        if not issubclass(ended.exc_type, SystemExit):
+            log.error("Thread %s has ended", ended.thread and ended.thread.name, exc_info=ended[:3])
+
     logging.setLogRecordFactory(make_record)
     handler = logging.StreamHandler(Writer(2, "standard error"))
     handler.setFormatter(JSONFormatter())
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)
-    sys.excepthook = lambda *failure: log.critical("Ended by an exception", exc_info=failure)
-    threading.excepthook = lambda ended: log.error("Thread %s has ended", ended.thread.name, exc_info=ended[:3])
+    # Not to the root logger: an application may have that one write to wsgi.errors, without end.
+    logging.getLogger("wsgi.errors").addHandler(handler)
+    logging.getLogger("wsgi.errors").propagate = False
+    sys.excepthook = lambda *failure: log.critical("Uncaught exception", exc_info=failure)
     sys.unraisablehook = lambda what: log.error("Exception ignored in %r", what.object, exc_info=what[:3])
+    threading.excepthook = log_thread
     return handler
 
 
 def log_after_all(handler: logging.Handler, level: str) -> None:
-    """Undo what an application's logging.config.dictConfig() does to loggers and handlers that it does not name."""
+    """Restore what an application's logging.config.dictConfig() has removed or disabled of ours."""
     logging.basicConfig(handlers=[handler])
-    for logger in (log, logging.getLogger("waitress")):
-        logger.disabled = False
+    for name in ("serve", "waitress", "wsgi.errors"):
+        logging.getLogger(name).disabled = False
     log.setLevel(level)
 
 
 def quoted(text: str | None) -> str:
-    """Return a text as JSON that no terminal acts upon: delete is the one control character that JSON leaves."""
+    """Return a text as JSON. Delete is escaped too: it is the one control character that JSON leaves to a terminal."""
     return "null" if text is None else encode_basestring_ascii(text).replace("\x7f", "\\u007f")
 
 
@@ -173,5 +181,5 @@ def timestamp(when: float) -> str:
 
 @lru_cache(maxsize=1)
 def to_the_second(second: int) -> str:
-    """Return the larger part of a time, which is the same for many requests."""
+    """Return a time without the fraction; cached, because many requests share it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))

@@ -1,6 +1,5 @@
-"""Responses: what the application answers, what is answered in its place, and the entry in the access log."""
+"""Responses: what the application answers, what is answered in its place, the line in the access log."""
 
-import logging
 import re
 import time
 import traceback
@@ -13,30 +12,28 @@ from waitress.task import WSGITask
 from waitress.utilities import Error, build_http_date
 
 from serve.http import refusal
-from serve.log import ErrorStream, quoted, request_id, timestamp
-
-log = logging.getLogger("serve")
+from serve.log import ErrorStream, log, quoted, request_id, timestamp
 
 ERRORS = ErrorStream()
 STATUS = re.compile(r"[2-5][0-9]{2}(?: |$)")
-OURS = {"connection", "x-content-type-options", "x-request-id"}  # whatever the application says of them
+OURS = {"connection", "x-content-type-options", "x-request-id"}  # set here, whatever the application or waitress says
 CRASH = "The server encountered an unexpected internal server error"
 
-http_date = lru_cache(maxsize=1)(build_http_date)  # the same for all in a second
+http_date = lru_cache(maxsize=1)(build_http_date)  # cached, because it is the same for all in a second
 
 
 class Response(WSGITask):
     """The response to one request, made in a worker thread.
 
-    From waitress: execute() calls the application and gives write() each part of the body; start_response() sets
-    status, response_headers and content_length. Files it gives to the channel itself, after write(b"").
+    waitress's execute() asks get_environment() for the environ, calls the application and gives write() each part of
+    the body. For a wsgi.file_wrapper it calls write(b"") and gives the file to the channel's write_soon() itself.
     """
 
     body_sent = 0  # bytes, with what chunks add
 
     def make(self) -> None:
         """Make the response and send it, whatever the application does; put it on record."""
-        token = request_id.set(self.request.id)
+        request_id.set(self.request.id)
         try:
             if self.request.error:
                 self.refuse(self.request.error)
@@ -52,14 +49,14 @@ class Response(WSGITask):
             if not self.wrote_header:
                 why = traceback.format_exc() if self.channel.adj.expose_tracebacks else CRASH
                 with suppress(ClientDisconnected):
-                    self.refuse(refusal(500, "Internal Server Error", why))
+                    self.refuse(refusal(why, 500, "Internal Server Error"))
         if self.channel.server.access_log:
             self.record()
-        request_id.reset(token)
+        request_id.set(None)
 
     def refuse(self, error: Error) -> None:
         """Answer in one line of text in place of the application, and close the connection."""
-        # waitress quotes the client after a double quote.
+        # Cut at the first double quote: after it waitress's messages quote the client.
         why = error.body if error.code == 500 else error.body.partition('"')[0].strip()
         body = f"{error.code} {error.reason}: {why}\n".encode()
         self.status = f"{error.code} {error.reason}"
@@ -77,7 +74,7 @@ class Response(WSGITask):
 
     @property
     def has_body(self) -> bool:
-        """Whether a body is sent (RFC 9112, section 6.3): where none is, it would be taken for the next response."""
+        """Whether it has a body. One sent with HEAD, 204 or 304 would be read as the next response (RFC 9112, 6.3)."""
         return self.request.command != "HEAD" and not self.status.startswith(("204", "304"))
 
     def write(self, data: bytes) -> None:
@@ -152,7 +149,7 @@ class Response(WSGITask):
         request = self.request
         # As it was sent, without the query: that is where people put what nobody should read.
         path = request.request_uri and request.request_uri.partition("?")[0]
-        status = self.status[:3] if self.wrote_header else "null"  # null: the client left before
+        status = self.status[:3] if self.wrote_header else "null"  # the client left before
         if (path, status) == ("/health", "200"):
             return
         duration = (time.monotonic() - request.began) * 1000
@@ -165,10 +162,10 @@ class Response(WSGITask):
         )
 
     def client(self) -> str:
-        """Return the client's address; a trusted proxy's own where its headers cannot be read."""
+        """Return the client's address: what a trusted proxy says, or where the connection comes from."""
         if self.request.environ:
-            return self.request.environ["REMOTE_ADDR"]
-        # Refused: only the application's environ passes by waitress's middleware for proxies.
+            return str(self.request.environ.get("REMOTE_ADDR"))  # in which waitress has put what a proxy says
+        # Refused, so waitress's middleware for proxies has not run.
         adj, address = self.channel.adj, self.channel.addr[0]
         environ = {f"HTTP_{name}": value for name, value in self.request.headers.items()}
         environ |= {"REMOTE_ADDR": address, "wsgi.url_scheme": "http"}

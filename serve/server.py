@@ -1,7 +1,6 @@
 """The server: the loop that it runs in, and how it ends."""
 
 import errno
-import logging
 import os
 import queue
 import selectors
@@ -17,12 +16,10 @@ from functools import partial
 from waitress.proxy_headers import proxy_headers_middleware
 
 from serve.channel import Channel
-from serve.log import Writer
+from serve.log import Writer, log
 from serve.settings import Settings
 
-log = logging.getLogger("serve")
-
-CHECK = 0.25  # seconds between two looks at all connections, for clients that keep us waiting
+CHECK = 0.25  # seconds between two checks of all timeouts
 CHECK_CLOSING = 0.05  # the same, while somebody waits for the end
 REPORT = 10.0  # seconds between two reports of the same trouble
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # for one more open file
@@ -35,8 +32,8 @@ class Server:
 
     1. SIGTERM or SIGINT: it drains. The application is told, so that its /health fails; for SHUTDOWN_DELAY all else
        goes on, until load balancers have noticed.
-    2. It closes. Whoever has connected is accepted, then nobody is any more, and only then clients are told that their
-       response is the last on its connection: told before, they would come back while the door is being shut.
+    2. It closes: it accepts whoever has connected, closes the listeners, and only then tells clients that a response is
+       the last on its connection. Told earlier, they would connect again, and be reset.
     3. When the last connection is gone, or after SHUTDOWN_TIMEOUT, or at a second signal, it ends.
     """
 
@@ -47,7 +44,7 @@ class Server:
     room = 0  # connections that there were when it became full
     queued = 0  # requests for which no thread was free at the last look
     waiting = False  # the loop is, or is about to
-    checked = drained_at = closed_at = 0.0
+    checked = draining_since = closing_since = 0.0
     reported_full = reported_queue = -REPORT
 
     def __init__(self, application: Callable, settings: Settings) -> None:
@@ -55,7 +52,7 @@ class Server:
         self.settings = settings
         self.adj = adj = settings.waitress
         self.read_timeout = settings.read_timeout
-        self.access_log = Writer(1, "the access log", moment=0.02) if settings.access_log else None
+        self.access_log = Writer(1, "the access log", delay=0.02) if settings.access_log else None
         self.application = proxy_headers_middleware(
             application,
             adj.trusted_proxy,
@@ -72,8 +69,8 @@ class Server:
         self.in_work: set[Channel] = set()
         for number in range(adj.threads):
             threading.Thread(target=self.work, name=f"worker-{number}", daemon=True).start()
-        # What ends the loop's waiting: workers write to this pipe, and so does Python when a signal comes.
-        self.calls: deque[Channel] = deque()
+        # Workers, and Python when a signal comes, write to this pipe to end the loop's waiting.
+        self.to_settle: deque[Channel] = deque()
         pipe, self.wakeup = os.pipe()
         os.set_blocking(self.wakeup, False)
         signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
@@ -116,20 +113,21 @@ class Server:
 
     def poll_once(self) -> None:
         """Wait until there is something to do, and do it."""
-        timeout = CHECK_CLOSING if self.closing else CHECK if self.channels or self.signals else REPORT
-        self.waiting = True  # before the look at `calls`, as call() looks at it after
-        events = self.selector.select(0 if self.calls else timeout)
+        busy = self.channels or self.signals or self.full
+        timeout = CHECK_CLOSING if self.closing else CHECK if busy else REPORT
+        self.waiting = True  # set before the look at `to_settle`: wake() adds to that first, and looks at this after
+        events = self.selector.select(0 if self.to_settle else timeout)
         self.waiting = False
         for key, ready in events:
             key.data(ready)
-        while self.calls:
-            self.calls.popleft().attend()
+        while self.to_settle:
+            self.to_settle.popleft().on_events(0)
         if self.full and len(self.channels) < self.room:
-            self.resume()
+            self.resume_accepting()
 
-    def call(self, channel: Channel) -> None:
-        """Have the loop attend to a connection. It is not woken if it is awake."""
-        self.calls.append(channel)
+    def wake(self, channel: Channel) -> None:
+        """Have the loop settle a connection, from any thread. A loop that is awake costs no system call."""
+        self.to_settle.append(channel)
         if self.waiting:
             self.waiting = False
             with suppress(BlockingIOError):  # there is enough in the pipe
@@ -138,10 +136,12 @@ class Server:
     def check(self, now: float) -> None:
         """Close the connections that keep us waiting; report requests that have waited for a thread since last time."""
         self.checked = now
+        if self.access_log:
+            self.access_log.report()
         for channel in list(self.channels):
             channel.check(now)
         if self.full and len(self.channels) < self.adj.connection_limit:
-            self.resume()
+            self.resume_accepting()
         before, self.queued = self.queued, max(0, len(self.in_work) - self.adj.threads)
         if before and self.queued and now >= self.reported_queue + REPORT:
             self.reported_queue = now
@@ -150,7 +150,10 @@ class Server:
     def work(self) -> None:
         """Answer requests: what a worker thread does."""
         while True:
-            self.tasks.get().service()
+            try:
+                self.tasks.get().service()
+            except Exception:  # whatever it is, it must not end the thread
+                log.exception("A response has failed")
 
     def start(self, channel: Channel) -> None:
         """Have a connection's first request answered as soon as a worker is free."""
@@ -165,7 +168,7 @@ class Server:
             connection, address = listener.accept()
         except OSError as error:
             if error.errno in NO_ROOM:
-                self.fill(f"no connection can be accepted ({error.strerror})")
+                self.pause_accepting(f"no connection can be accepted ({error.strerror})")
             return False
         connection.setblocking(False)
         for option in self.adj.socket_options:
@@ -173,12 +176,14 @@ class Server:
                 connection.setsockopt(*option)
         channel = Channel(self, connection, address)
         self.channels.add(channel)
-        channel.attend()
+        channel.settle()
         if len(self.channels) >= self.adj.connection_limit:
-            self.fill("total open connections reached the connection limit, no longer accepting new connections")
+            self.pause_accepting(
+                "total open connections reached the connection limit, no longer accepting new connections"
+            )
         return True
 
-    def fill(self, reason: str) -> None:
+    def pause_accepting(self, reason: str) -> None:
         """Accept no more connections until one has closed."""
         self.room = len(self.channels)
         if not self.full:
@@ -189,18 +194,18 @@ class Server:
             self.reported_full = now
             log.warning(reason)
 
-    def resume(self) -> None:
+    def resume_accepting(self) -> None:
         """Accept connections again."""
         self.full = False
         for listener in self.listeners:
             self.selector.register(listener, selectors.EVENT_READ, partial(self.accept, listener))
 
     def watch(self, channel: Channel, events: int) -> None:
-        """Wait for events of a connection. For none it is not registered: epoll would report those that hang up."""
+        """Wait for events of a connection. For none it is unregistered: epoll would report hang-ups without end."""
         if not channel.events:
-            self.selector.register(channel.socket, events, channel.ready)
+            self.selector.register(channel.socket, events, channel.on_events)
         elif events:
-            self.selector.modify(channel.socket, events, channel.ready)
+            self.selector.modify(channel.socket, events, channel.on_events)
         else:
             self.selector.unregister(channel.socket)
         channel.events = events
@@ -217,13 +222,13 @@ class Server:
         """Take the next step that is due; return the exit code once it was the last."""
         delay, timeout = self.settings.shutdown_delay, self.settings.shutdown_timeout
         if not self.draining:
-            self.draining, self.drained_at = True, now
+            self.draining, self.draining_since = True, now
             log.info("Draining: accepting connections for %g s more", delay)
-        if not self.closing and now >= self.drained_at + delay:
+        if not self.closing and now >= self.draining_since + delay:
             self.close_listeners()
-            self.closing, self.closed_at = True, now
+            self.closing, self.closing_since = True, now
             log.info("Closing: waiting at most %g s; requests in work: %d", timeout, self.unanswered())
-        if self.signals > 1 or (self.closing and now >= self.closed_at + timeout):
+        if self.signals > 1 or (self.closing and now >= self.closing_since + timeout):
             if unanswered := self.unanswered():
                 log.error("Abandoned requests: %d", unanswered)
             return 1 if unanswered or self.signals > 1 else 0

@@ -1,6 +1,5 @@
-"""The settings: what the environment comes to, or which variable is wrong."""
+"""The settings: reads them from the environment, or says which variable is wrong."""
 
-import ipaddress
 import re
 import socket
 from collections.abc import Mapping
@@ -11,10 +10,10 @@ from waitress.adjustments import Adjustments, asbool
 PREFIX = "WAITRESS_"
 DAY = 86400  # seconds
 
-# How waitress reads each of its settings. It has no public list; tests/test_seam.py watches this one.
+# The function by which waitress reads each of its settings. It has no public list of them.
 READERS = dict(Adjustments._params)  # noqa: SLF001
 
-# Its settings for where to listen: BIND and PORT say it.
+# Its settings for where to listen are refused in favour of BIND and PORT.
 LISTEN = {"listen", "host", "port", "ipv4", "ipv6", "unix_socket", "unix_socket_perms", "sockets"}
 
 # waitress reads every word that it does not know as false, "ture" too.
@@ -32,12 +31,12 @@ DEFAULTS = {
     "max_request_header_size": 2**14,
     # waitress takes 1 GiB, into /tmp, which is memory: one request would get the container killed.
     "max_request_body_size": 2**20,
-    # Of each body and each response so much stays in the process, 64 MiB for all connections; the rest goes to /tmp.
+    # Of each body and response so much is kept in memory, 64 MiB for all connections; the rest goes to /tmp.
     "inbuf_overflow": 2**15,
     "outbuf_overflow": 2**15,
-    # A response with more than this waiting holds its thread. With waitress's 16 MiB a few slow downloads fill /tmp.
+    # A response of which more than this is unsent holds its thread. With waitress's 16 MiB a few of them fill /tmp.
     "outbuf_high_watermark": 2**20,
-    # Read on while a request is in work: so it is noticed if the client leaves, and the next request is there in time.
+    # Read on while a request is in work, to notice if the client leaves, and to have the next request ready.
     "channel_request_lookahead": 1,
 }
 
@@ -46,7 +45,7 @@ class SettingError(ValueError):
     """A variable is wrong. The message is one line: the variable, its value, what it takes."""
 
     def __init__(self, variable: str, value: str | None, problem: str) -> None:
-        """Take the variable, its value and the problem, whose line breaks become spaces."""
+        """Format the message; line breaks in `problem` become spaces."""
         named = variable if value is None else f"{variable}={value!r}"
         super().__init__(f"{named}: {' '.join(problem.split())}")
 
@@ -145,14 +144,6 @@ def problem_with(name: str, value: str) -> str | None:
         smallest = 0 if name == "channel_request_lookahead" else 1
         if not re.fullmatch("[0-9]{1,12}", value) or int(value) < smallest:
             return f"takes a whole number from {smallest}"
-    if name == "trusted_proxy" and value != "*" and not is_address(value):
-        return "takes the proxy's IP address as the system writes it (no network, no name), or * for any client"
+    if name == "trusted_proxy" and not re.fullmatch(r"[0-9a-f.:]+|\*", value):  # waitress compares the text
+        return "takes the proxy's IP address (no network, no name), or * for any client"
     return None
-
-
-def is_address(value: str) -> bool:
-    """Tell whether `value` is an IP address as the system writes it: waitress compares the text."""
-    try:
-        return str(ipaddress.ip_address(value)) == value
-    except ValueError:
-        return False

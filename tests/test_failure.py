@@ -107,6 +107,9 @@ def app(environ, start_response):
             return [b"body"]
         case "waits":
             wait()
+        case "environ":
+            environ.clear()
+            environ["REMOTE_ADDR"] = 7
     start_response("200 OK", [("Content-Length", "2")])
     return [b"ok"]
 """
@@ -247,3 +250,12 @@ def test_os_error_is_not_the_clients(tmp_path: pathlib.Path) -> None:
     (tmp_path / "app.py").write_text(APPLICATION)
     with server(tmp_path, BIND="127.0.0.1", PORT="0", WAITRESS_LOG_SOCKET_ERRORS="false") as running:
         assert statuses(running.exchange(GET % b"raises-os-error")) == [500]
+
+
+def test_environ_is_the_applications(running: Server) -> None:
+    """Whatever an application does with its environ, its thread goes on."""
+    for _ in range(3):
+        assert statuses(running.exchange(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") % b"environ")) == [
+            200
+        ]
+    assert len(running.requests(3)) == 3

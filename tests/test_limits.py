@@ -270,7 +270,9 @@ def test_no_more_files(start: Callable, tmp_path: pathlib.Path) -> None:
             assert not select.select([waiting], [], [], 1)[0]
             assert cpu_seconds(running.process.pid) - before < 0.5
             assert statuses(ask(known, b"/release")) == [200]
+            released = time.monotonic()
             assert statuses(rest(waiting)) == [200]
+            assert time.monotonic() - released < 3
         running.end()
         assert 1 < len(running.messages()) < 5  # the first is that a hundred files do not hold connection_limit
 

@@ -17,6 +17,7 @@ from tests.support import Server, rest, server, statuses, wait_until
 
 APPLICATION = """
 import logging
+import sys
 import threading
 import warnings
 
@@ -31,6 +32,9 @@ def app(environ, start_response):
         logging.getLogger("shop").debug("details")
         warnings.warn("old")
         thread = threading.Thread(target=lambda: 1 / 0, name="worker")
+        thread.start()
+        thread.join()
+        thread = threading.Thread(target=sys.exit)  # which is no failure
         thread.start()
         thread.join()
         Fails()
@@ -241,6 +245,24 @@ def test_everything_else(start: Callable) -> None:
     assert late["exception"].endswith("ValueError: late")
 
 
+def test_logging_to_wsgi_errors(start: Callable, tmp_path: pathlib.Path) -> None:
+    """An application may have all its records written to wsgi.errors, as Flask's documentation has it."""
+    (tmp_path / "app.py").write_text(
+        "import logging.config\n\nfrom flask import Flask\n\n"
+        "handlers = {'wsgi': {'class': 'logging.StreamHandler', 'stream': 'ext://flask.logging.wsgi_errors_stream'}}\n"
+        "root = {'level': 'INFO', 'handlers': ['wsgi']}\n"
+        "logging.config.dictConfig({'version': 1, 'handlers': handlers, 'root': root})\n"
+        "app = Flask(__name__)\n\n\n@app.get('/')\ndef index():\n    app.logger.info('hello')\n    return 'ok'\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with start(PORT=str(port)) as running:
+        wait_until(lambda: answers_on(port), 20, "an answer")
+        running.end()
+        entries = [json.loads(line) for line in running.log.read_text().splitlines() if '"hello"' in line]
+        assert [entry["logger"] for entry in entries] == ["wsgi.errors"] * 3
+
+
 def test_wrong_format(start: Callable) -> None:
     """A record whose arguments do not fit its text is logged all the same, as JSON."""
     with start() as running:
@@ -409,6 +431,17 @@ def test_nobody_reads_standard_error(start: Callable, tmp_path: pathlib.Path, pi
             assert statuses(answers_on(port)) == [200] * 3
         running.stop()
         assert running.ended() == 0
+
+
+def test_non_blocking_standard_output(start: Callable) -> None:
+    """If somebody who shares standard output has made it non-blocking, lines wait for room and stay whole."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with start(stdout=write_end) as running, os.fdopen(read_end, "rb") as reader:
+        os.close(write_end)
+        assert many(running, 1000) == [200] * 1001
+        assert len([json.loads(reader.readline()) for _ in range(1001)]) == 1001
+        running.end()
 
 
 @pytest.mark.parametrize("stops", [False, True])

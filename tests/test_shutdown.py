@@ -36,6 +36,9 @@ def app(environ, start_response):
     if path == "/large":
         start_response("200 OK", [("Content-Length", "30000000")])
         return (bytes(1_000_000) for _ in range(30))
+    if path == "/megabytes":
+        start_response("200 OK", [("Content-Length", "2000000")])
+        return [bytes(2_000_000)]
     if path in {"/slow", "/stream"}:
         return wait(name, path == "/stream", start_response)
     if path == "/work":
@@ -204,6 +207,25 @@ def test_download(start: Callable) -> None:
             received += len(part)
             time.sleep(0.01)
         assert received > 30_000_000
+        assert running.ended() == 0
+
+
+@pytest.mark.parametrize("header", [b"", b"Connection: close\r\n"])
+def test_sent_but_not_taken(start: Callable, header: bytes) -> None:
+    """What the system has still to send counts as unanswered: in a container it would be lost with the network."""
+    with start() as running, running.connect(receive_buffer=4096) as connection:
+        connection.sendall(b"GET /megabytes HTTP/1.1\r\nHost: a\r\n" + header + b"\r\n")
+        received = len(connection.recv(1000))
+        running.requests(1)
+        running.stop()
+        until_refused(running)
+        began = time.monotonic()
+        while part := connection.recv(8000):
+            received += len(part)
+            if time.monotonic() - began < 2.5:
+                time.sleep(0.02)  # much faster than the slowest that is allowed
+                assert running.process.poll() is None
+        assert received > 2_000_000
         assert running.ended() == 0
 
 
@@ -405,7 +427,7 @@ def test_threads_of_the_application(start: Callable, tmp_path: pathlib.Path) -> 
         running.listening()
         running.stop()
         assert running.ended() == 1
-        assert running.messages() == ["Ended with threads of the application still running"]
+        assert running.messages() == ["Ended with threads or atexit functions of the application still running"]
 
 
 def test_functions_at_exit(start: Callable, tmp_path: pathlib.Path) -> None:
