@@ -215,7 +215,7 @@ class Channel:
                 self.requests.clear()
             self.update()
             if self.requests:
-                self.server.start(self)
+                self.server.tasks.put(self)
             else:
                 self.server.in_work.discard(self)
             if self.finished or self.client_eof or self.server.closing or self.wanted() != self.events:

@@ -67,6 +67,7 @@ class Server:
         self.server_name, self.effective_port = adj.server_name, self.listeners[0].getsockname()[1]
         self.tasks: queue.SimpleQueue[Channel] = queue.SimpleQueue()
         self.in_work: set[Channel] = set()
+        self.to_start: list[Channel] = []
         for number in range(adj.threads):
             threading.Thread(target=self.work, name=f"worker-{number}", daemon=True).start()
         # Workers, and Python when a signal comes, write to this pipe to end the loop's waiting.
@@ -113,6 +114,9 @@ class Server:
 
     def poll_once(self) -> None:
         """Wait until there is something to do, and do it."""
+        for channel in self.to_start:
+            self.tasks.put(channel)
+        self.to_start.clear()
         busy = self.channels or self.signals or self.full
         timeout = CHECK_CLOSING if self.closing else CHECK if busy else REPORT
         self.waiting = True  # set before the look at `to_settle`: wake() adds to that first, and looks at this after
@@ -156,9 +160,12 @@ class Server:
                 log.exception("A response has failed")
 
     def start(self, channel: Channel) -> None:
-        """Have a connection's first request answered as soon as a worker is free."""
+        """Have a connection's first request answered as soon as a worker is free.
+
+        It is handed over right before the loop waits: a worker that wakes earlier has to wait for the interpreter.
+        """
         self.in_work.add(channel)
-        self.tasks.put(channel)
+        self.to_start.append(channel)
 
     # ---- connections ----
 
