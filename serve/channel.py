@@ -8,7 +8,8 @@ import sys
 import termios
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ class Channel:
         self.lock = threading.Condition()
         self.request: Request | None = None  # the one that is arriving
         self.requests: list[Request] = []  # those that have arrived; the first is in work
+        self.unread = b""  # what has arrived after the last of these
         self.outgoing: list[OverflowableBuffer | ReadOnlyFileBasedBuffer] = []  # what the client has still to take
         self.tail_bytes = 0  # that the last of these was given
         self.sent = 0  # bytes
@@ -70,13 +72,19 @@ class Channel:
 
     def on_events(self, events: int) -> None:
         """Send and read, as far as that is possible now."""
-        try:
+        with self.guard():
             if events & EVENT_WRITE:
                 self.flush()
             if events & EVENT_READ and not self.closed:
                 self.read()
             self.settle()
-        except Exception:  # whatever it is, it must not end the server
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Close the connection at whatever goes wrong with it: that must not end the server."""
+        try:
+            yield
+        except Exception:
             log.exception("A connection is closed because of an error")
             self.close()
 
@@ -92,14 +100,10 @@ class Channel:
         with self.lock:
             if not data:
                 self.client_eof, self.request = True, None
-            while data and not (self.finished or (self.requests and self.requests[-1].error)):
-                self.request = self.request or Request(self.adj)
-                data = data[self.request.received(data) :]
-                if self.request.completed:
-                    self.requests.append(self.request)
-                    self.request = None
-                    if len(self.requests) == 1:
-                        self.server.start(self)
+            idle = not self.requests
+            self.parse(data)
+            if idle and self.requests:
+                self.server.start(self)
             self.update()
 
     def flush(self) -> None:
@@ -114,8 +118,9 @@ class Channel:
                     self.sent += sent
                     self.outgoing[0].skip(sent, True)
                     if not block:
-                        # A file that has become shorter leaves the client waiting for the rest, until we close.
-                        self.finished |= len(self.outgoing[0]) > 0
+                        if len(self.outgoing[0]):  # a file has become shorter: nothing else may follow in its place
+                            self.close()
+                            break
                         self.outgoing.pop(0).close()
             except BlockingIOError:
                 pass
@@ -148,30 +153,34 @@ class Channel:
         with self.lock:
             self.closed = True
             self.server.forget(self)
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)  # if the application has forked, its child has the socket too
             self.socket.close()
             while self.outgoing:
-                self.outgoing.pop().close()
+                with suppress(Exception):  # a file may find no room for its last bytes even then
+                    self.outgoing.pop().close()
             del self.requests[1:]
             self.lock.notify()
 
     def check(self, now: float) -> None:
         """Close the connection, or answer 408, if its timeout has expired; `now` is time.monotonic()'s."""
-        with self.lock:
-            self.update()
-        waited = now - self.since
-        if self.closed or waited < self.timeout():
-            return
-        if self.state in {State.BODY, State.RESPONSE} and self.progress() - self.progress_then >= MIN_RATE * waited:
-            self.since, self.progress_then = now, self.progress()
-        elif self.state in {State.HEADER, State.BODY}:
-            self.time_out()
-        elif self.state == State.IDLE:
-            since = self.since
-            self.on_events(EVENT_READ)  # a request may have arrived just now
-            if self.since == since:
+        with self.guard():
+            with self.lock:
+                self.update()
+            waited = now - self.since
+            if self.closed or waited < self.timeout():
+                return
+            if self.state in {State.BODY, State.RESPONSE} and self.progress() - self.progress_then >= MIN_RATE * waited:
+                self.since, self.progress_then = now, self.progress()
+            elif self.state in {State.HEADER, State.BODY}:
+                self.time_out()
+            elif self.state == State.IDLE:
+                since = self.since
+                self.on_events(EVENT_READ)  # a request may have arrived just now
+                if self.since == since:
+                    self.close()
+            else:
                 self.close()
-        else:
-            self.close()
 
     def timeout(self) -> float:
         """Return for how many seconds from `since` on the client may keep us waiting."""
@@ -205,14 +214,15 @@ class Channel:
         """Answer the first request."""
         request = self.requests[0]
         self.response = Response(self, request)
-        if not self.closed:
-            self.response.make()
+        self.response.make()
         request.close()
         with self.lock:
             self.requests.pop(0)
             self.finished |= self.response.close_on_finish
+            self.response = None  # and with it the environ, in which an application may keep much
             if self.finished or self.closed:
                 self.requests.clear()
+            self.parse(b"")
             self.update()
             if self.requests:
                 self.server.tasks.put(self)
@@ -245,6 +255,19 @@ class Channel:
         return self.closed or self.client_eof
 
     # ---- in either, under the lock ----
+
+    def parse(self, data: bytes) -> None:
+        """Make requests of what has arrived, but not many more than are in work: a packet may have hundreds."""
+        self.unread += data
+        while self.unread and len(self.requests) <= self.adj.channel_request_lookahead:
+            if self.finished or self.closed or (self.requests and self.requests[-1].error):
+                self.unread = b""  # nothing of it will be answered
+                return
+            self.request = self.request or Request(self.adj)
+            self.unread = self.unread[self.request.received(self.unread) :]
+            if self.request.completed:
+                self.requests.append(self.request)
+                self.request = None
 
     def put(self, *parts: bytes | ReadOnlyFileBasedBuffer) -> None:
         """Send what can be sent now, and keep the rest; raises ClientDisconnected."""
@@ -284,7 +307,7 @@ class Channel:
         if self.closed:
             return
         arriving = self.request and self.request.arriving
-        if arriving and self.request.expect_continue and not self.requests:
+        if arriving and self.request.expect_continue and not (self.requests or self.finished):
             self.request.expect_continue = False
             with suppress(ClientDisconnected):
                 self.put(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -18,6 +18,7 @@ TARGET = re.compile(rb"/|https?://[^/?#@]+(?:[/?]|$)", re.IGNORECASE)
 # At most 127 blanks in a row, because waitress's pattern takes quadratic time for them.
 LINE = rb"[!-~\x80-\xff]++(?:[ \t]{1,127}+[!-~\x80-\xff]++)*+[ \t]{0,127}+"
 HEAD = re.compile(rb"(?:%b\r\n)*+(?:%b)?(?:\r\n?)?" % (LINE, LINE))
+EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 FRAMING = re.compile(rb"\r\n(content-length|content-type|host|transfer-encoding):([^\r]*)", re.IGNORECASE)
 # RFC 9110, section 7.2: uri-host [ ":" port ].
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]*)?")
@@ -73,8 +74,7 @@ class Request(HTTPRequestParser):
     def receive_head(self, data: bytes) -> int:
         """Take a part of the request line and headers."""
         head = self.head + data
-        while head.startswith(b"\r\n"):
-            head = head[2:]
+        head = head[EMPTY_LINES.match(head).end() :]
         if not self.began and head:
             self.began = time.monotonic()
         end = head.find(b"\r\n\r\n") + 4
@@ -107,7 +107,8 @@ class Request(HTTPRequestParser):
             return refusal("invalid Content-Length or URL")
         if self.error:
             return self.error
-        if (self.version == "1.1" and "HOST" not in self.headers) or not HOST.fullmatch(self.headers.get("HOST", "")):
+        host = self.headers.get("HOST", None if self.version == "1.1" else "")
+        if host is None or not (HOST.fullmatch(host) and HOST.fullmatch(self.proxy_netloc)):
             return refusal("HTTP/1.1 needs exactly one valid Host header")
         if self.proxy_netloc:
             # RFC 9112, section 3.2.2: the host of an absolute target takes the place of the Host header's.

@@ -86,6 +86,8 @@ class Writer(threading.Thread):
         """Wait until all is written, for half a second at most; the rest is lost."""
         if os.getpid() != self.pid:
             return
+        self.reported = -self.REPORT
+        self.report()
         deadline = time.monotonic() + 0.5
         while self.waiting and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -114,9 +116,9 @@ class JSONFormatter(logging.Formatter):
         try:
             entry["message"] = record.getMessage()
         except Exception as error:  # logging would print a traceback in place of the message
-            entry["message"] = f"{record.msg} ({error})"
-        if identity := getattr(record, "request_id", None):
-            entry["request_id"] = identity
+            entry["message"] = f"{record.msg if isinstance(record.msg, str) else type(record.msg)} ({error})"
+        if identity := getattr(record, "request_id", None) or request_id.get():
+            entry["request_id"] = str(identity)
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
@@ -136,18 +138,11 @@ class ErrorStream(io.TextIOBase):
 
 def log_as_json(level: str) -> logging.Handler:
     """Send what the process logs and warns of to standard error, from `level` on; return the handler that does it."""
-    make = logging.getLogRecordFactory()
-
-    def make_record(*args: object, **named: object) -> logging.LogRecord:
-        record = make(*args, **named)
-        record.request_id = request_id.get()
-        return record
 
     def log_thread(ended: threading.ExceptHookArgs) -> None:
         if not issubclass(ended.exc_type, SystemExit):
             log.error("Thread %s has ended", ended.thread and ended.thread.name, exc_info=ended[:3])
 
-    logging.setLogRecordFactory(make_record)
     handler = logging.StreamHandler(Writer(2, "standard error"))
     handler.setFormatter(JSONFormatter())
     logging.basicConfig(level=level, handlers=[handler])

@@ -35,6 +35,8 @@ class Response(WSGITask):
         """Make the response and send it, whatever the application does; put it on record."""
         request_id.set(self.request.id)
         try:
+            if self.channel.closed:
+                raise ClientDisconnected
             if self.request.error:
                 self.refuse(self.request.error)
             else:
@@ -51,14 +53,15 @@ class Response(WSGITask):
                 with suppress(ClientDisconnected):
                     self.refuse(refusal(why, 500, "Internal Server Error"))
         if self.channel.server.access_log:
-            self.record()
+            with suppress(Exception):  # of an application that puts something else in the place of a text
+                self.record()
         request_id.set(None)
 
     def refuse(self, error: Error) -> None:
         """Answer in one line of text in place of the application, and close the connection."""
         # Cut at the first double quote: after it waitress's messages quote the client.
         why = error.body if error.code == 500 else error.body.partition('"')[0].strip()
-        body = f"{error.code} {error.reason}: {why}\n".encode()
+        body = f"{error.code} {error.reason}: {why}\n".encode(errors="backslashreplace")
         self.status = f"{error.code} {error.reason}"
         self.response_headers = [("Content-Type", "text/plain; charset=utf-8")]
         self.content_length, self.content_bytes_written = len(body), 0
@@ -141,7 +144,7 @@ class Response(WSGITask):
             self.close_on_finish
             or "close" in options
             or (self.version == "1.0" and "keep-alive" not in options)
-            or (self.channel.server.closing and len(self.channel.requests) == 1)  # no other has arrived
+            or (self.channel.server.closing and len(self.channel.requests) == 1 and not self.channel.unread)
         )
 
     def record(self) -> None:

@@ -23,6 +23,8 @@ CHECK = 0.25  # seconds between two checks of all timeouts
 CHECK_CLOSING = 0.05  # the same, while somebody waits for the end
 REPORT = 10.0  # seconds between two reports of the same trouble
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # for one more open file
+# Otherwise the system keeps megabytes of a response for a client that does not read: memory that is not bounded here.
+SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2**17)] if hasattr(socket, "TCP_NOTSENT_LOWAT") else []
 
 
 class Server:
@@ -154,10 +156,9 @@ class Server:
     def work(self) -> None:
         """Answer requests: what a worker thread does."""
         while True:
-            try:
-                self.tasks.get().service()
-            except Exception:  # whatever it is, it must not end the thread
-                log.exception("A response has failed")
+            channel = self.tasks.get()
+            with channel.guard():
+                channel.service()
 
     def start(self, channel: Channel) -> None:
         """Have a connection's first request answered as soon as a worker is free.
@@ -178,7 +179,7 @@ class Server:
                 self.pause_accepting(f"no connection can be accepted ({error.strerror})")
             return False
         connection.setblocking(False)
-        for option in self.adj.socket_options:
+        for option in (*self.adj.socket_options, *SOCKET_OPTIONS):
             with suppress(OSError):  # on macOS, if the client has left already
                 connection.setsockopt(*option)
         channel = Channel(self, connection, address)

@@ -111,7 +111,7 @@ def waitress_settings(environ: Mapping[str, str]) -> tuple[Adjustments, list[str
         if not variable.startswith(PREFIX):
             continue
         # Kubernetes sets WAITRESS_PORT=tcp://... and others beside a Service named waitress.
-        if name not in READERS or not variable.isupper() or value.startswith("tcp://"):
+        if name not in READERS or not variable.isupper() or "://" in value:
             unknown.append(variable)
         elif problem := problem_with(name, value):
             raise SettingError(variable, value, problem)

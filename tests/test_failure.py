@@ -1,5 +1,6 @@
 """Applications that fail, hang or return garbage: what the client gets, and that the server goes on."""
 
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -99,6 +100,9 @@ def app(environ, start_response):
         case "large":
             start_response("200 OK", [("Content-Length", "90000000")])
             return (bytes(1_000_000) for _ in range(90))
+        case "long-file":
+            start_response("200 OK", [("Content-Length", "30000000")])
+            return environ["wsgi.file_wrapper"](open("some", "rb"))
         case "file":
             start_response("200 OK", [("Content-Length", "9")])
             return environ["wsgi.file_wrapper"](open("some", "rb"))
@@ -232,6 +236,18 @@ def test_exposed_traceback(tmp_path: pathlib.Path) -> None:
     (tmp_path / "app.py").write_text(APPLICATION)
     with server(tmp_path, BIND="127.0.0.1", PORT="0", WAITRESS_EXPOSE_TRACEBACKS="true") as running:
         assert b"\nRuntimeError: secret\n" in running.exchange(GET % b"raises")
+
+
+def test_file_that_becomes_shorter(running: Server, tmp_path: pathlib.Path) -> None:
+    """If a file ends before the length that was promised, no other answer takes the place of the rest."""
+    (tmp_path / "some").write_bytes(bytes(30_000_000))
+    with running.connect() as connection:
+        connection.sendall(GET % b"long-file" + GET % b"next")
+        assert statuses(connection.recv(100)) == [200]
+        os.truncate(tmp_path / "some", 8_000_000)
+        received = rest(connection)
+    assert len(received) < 30_000_000
+    assert statuses(received) == []
 
 
 @pytest.mark.parametrize(

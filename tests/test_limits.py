@@ -317,6 +317,35 @@ def test_memory_of_answers(start: Callable) -> None:
         assert memory(running.process.pid) - before < 20_000_000
 
 
+def test_memory_of_requests(start: Callable) -> None:
+    """Of the hundreds of requests that a packet holds only a few are taken up at a time; all are answered."""
+    with start(READ_TIMEOUT="600") as running, contextlib.ExitStack() as clients:
+        assert statuses(running.exchange(LAST)) == [200]
+        before = memory(running.process.pid)
+        waiting = [clients.enter_context(running.connect()) for _ in range(200)]
+        for client in waiting:
+            client.sendall(b"GET / HTTP/1.1\r\nHost:\r\n\r\n" * 300)
+        assert statuses(running.exchange(LAST)) == [200]
+        assert memory(running.process.pid) - before < 20_000_000
+        waiting[0].sendall(LAST)
+        assert statuses(rest(waiting[0])) == [200] * 301
+
+
+def test_no_room_for_an_answer(start: Callable, tmp_path: pathlib.Path) -> None:
+    """If what a client does not take finds no room in the folder for temporary files, that client alone is cut off."""
+    limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    (tmp_path / "app.py").write_text(limit + APPLICATION)
+    with start() as running, running.connect(receive_buffer=4096) as lazy:
+        lazy.sendall(GET.replace(b"/ ", b"/large "))
+        [entry] = running.requests(1)
+        assert (entry["path"], entry["status"]) == ("/large", 200)
+        assert 0 < greedy_end(lazy) < 100_000_000
+        assert statuses(running.exchange(LAST)) == [200]
+        running.end()
+        assert [message for message in running.messages() if message.startswith("A response is cut short")]
+
+
 def memory(process: int) -> int:
     """Return how many bytes of memory are a process's own, those of its files excepted."""
     status = pathlib.Path(f"/proc/{process}/status").read_text()

@@ -21,6 +21,10 @@ import sys
 import threading
 import warnings
 
+class Unprintable:
+    def __str__(self):
+        raise ValueError("no text")
+
 class Fails:
     def __del__(self):
         raise ValueError("late")
@@ -41,6 +45,8 @@ def app(environ, start_response):
         environ["wsgi.errors"].write("trouble\\n")
     if path == "/format":
         logging.warning("%d items", "x")
+        logging.warning(Unprintable())
+        logging.warning("own", extra={"request_id": 7})
     if path == "/raises":
         logging.warning("bound to fail")
         raise RuntimeError("secret")
@@ -268,8 +274,10 @@ def test_wrong_format(start: Callable) -> None:
     with start() as running:
         assert statuses(ask(running, b"/format")) == [200]
         running.end()
-        [message] = running.messages()
-        assert "%d items" in message
+        items, unprintable, own = (entry for entry in running.logged() if entry["logger"] == "root")
+        assert "%d items" in items["message"]
+        assert "Unprintable" in unprintable["message"]
+        assert own["request_id"] == "7"
 
 
 def test_request_id_in_the_log(start: Callable) -> None:

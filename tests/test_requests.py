@@ -175,6 +175,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.param(get(line=b"GET HTTP://b/ HTTP/1.1"), [200, 200], id="absolute form in capitals"),
         pytest.param(get(line=b"GET http://u:p@b/ HTTP/1.1"), [400], id="absolute form with a user"),
         pytest.param(get(line=b"GET http://[::1/ HTTP/1.1"), [400], id="absolute form with half an address"),
+        pytest.param(get(line=b"GET http://b:8x\\y/ HTTP/1.1"), [400], id="absolute form with a word for a port"),
         pytest.param(get(line=b"GET file:///etc/passwd HTTP/1.1"), [400], id="another scheme"),
         # Something else altogether.
         pytest.param(bytes.fromhex("16030100c8010000c40303") + bytes(200), [400], id="a TLS handshake"),

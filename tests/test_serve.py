@@ -289,6 +289,7 @@ def test_names_that_are_no_setting(folder: pathlib.Path) -> None:
         "WAITRESS_SERVICE_PORT": "5000",
         "WAITRESS_PORT": "tcp://10.0.0.1:5000",
         "WAITRESS_PORT_5000_TCP": "tcp://10.0.0.1:5000",
+        "WAITRESS_HOST": "udp://10.0.0.1:53",
         "WAITRESS_PORT_5000_TCP_ADDR": "10.0.0.1",
         "WAITRESS_TREADS": "8",
     }

@@ -315,7 +315,7 @@ def test_client_gone(start: Callable, tmp_path: pathlib.Path, timeout: str, code
 
 
 def test_forked_child(start: Callable) -> None:
-    """A child that the application has forked does not keep the port open."""
+    """A child that the application has forked keeps neither the port open nor connections."""
     with start() as running, running.connect() as connection:
         address = running.address()
         child = int(ask(connection, b"/fork").split()[-1])
@@ -323,6 +323,7 @@ def test_forked_child(start: Callable) -> None:
             running.stop()
             assert running.ended() == 0
             assert not listens(address)
+            assert rest(connection) == b""
         finally:
             os.kill(child, signal.SIGKILL)
 
