@@ -13,7 +13,7 @@ import signal
 
 if __name__ == "__main__":
     # PID 1 receives only the signals that it handles, and a shell's background jobs ignore SIGINT. Before the other
-    # imports, which take most of the start: until then there is nothing to drain.
+    # imports, which take most of the start. There is nothing to drain until Server.run() replaces these handlers.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
 
@@ -52,7 +52,8 @@ def main() -> int:
         server = Server(application, settings)
     except (OSError, OverflowError) as error:
         place = f"{settings.waitress.host}:{settings.waitress.port}"
-        print(f"serve: cannot listen on {place}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
+        print(f"serve: cannot listen on {place}: {reason}", file=sys.stderr)
         return 1
     except RuntimeError as error:  # from the threading module: a limit of the container or the machine
         print(f"serve: cannot start {settings.waitress.threads} threads: {error}", file=sys.stderr)
@@ -65,7 +66,7 @@ def main() -> int:
 def load_application(name: str) -> Callable:
     """Import and return the WSGI application that `name` stands for: module:attribute, or what module:factory() gives.
 
-    Raises SettingError if there is none, or if its module or factory fails; the message then has the line where it did.
+    Raises SettingError if there is none, or if its module or factory fails; the message then names the line.
     """
     module, _, attribute = name.removesuffix("()").partition(":")
     if not (module and attribute) or "(" in attribute:

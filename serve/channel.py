@@ -23,11 +23,11 @@ from serve.response import Response
 if TYPE_CHECKING:
     from serve.server import Server
 
-# Bytes per second that have to arrive of a body, or that a client has to take of a response, in each READ_TIMEOUT.
-# Slower than any phone's line. Without it, four clients that take a byte now and then hold four threads.
+# Bytes per second, averaged over READ_TIMEOUT, that a client has to send of a body, or take of a response. No phone's
+# line is slower. Without it, a client that takes a byte now and then holds a thread.
 MIN_RATE = 1024
 LINGER = 2.0  # seconds for a client to close its side, after its last response
-SHORT = 1.0  # second, in place of any longer timeout for what a client sends, while the server closes or is full
+SHORT = 1.0  # second: the most that a client may take to send or close, while the server closes or is full
 
 
 class State(enum.Enum):
@@ -60,7 +60,7 @@ class Channel:
         self.requests: list[Request] = []  # those that have arrived; the first is in work
         self.unread = b""  # what has arrived after the last of these
         self.outgoing: list[OverflowableBuffer | ReadOnlyFileBasedBuffer] = []  # what the client has still to take
-        self.tail_bytes = 0  # that the last of these was given
+        self.tail_bytes = 0  # put into outgoing[-1] so far
         self.sent = 0  # bytes
         self.events = 0  # that the loop waits for
         self.finished = False  # no more requests are answered
@@ -185,7 +185,7 @@ class Channel:
     def timeout(self) -> float:
         """Return for how many seconds from `since` on the client may keep us waiting."""
         timeouts = {State.IDLE: self.adj.channel_timeout, State.WORK: math.inf, State.HALF_CLOSED: LINGER}
-        timeout = timeouts.get(self.state, self.server.read_timeout)
+        timeout = timeouts.get(self.state, self.server.settings.read_timeout)
         if (self.server.closing or self.server.full) and self.state not in {State.WORK, State.RESPONSE}:
             return min(timeout, SHORT)
         return timeout
@@ -201,11 +201,11 @@ class Channel:
         return 0
 
     def time_out(self) -> None:
-        """Answer 408 to the request that is arriving."""
+        """Answer 408 to the request that is arriving. As it is the only one, no worker is about."""
         self.request.error = refusal("the request took too long to arrive", 408, "Request Timeout")
         self.requests.append(self.request)
         self.request = None
-        self.service()  # in this thread: there is no application to wait for
+        self.service()  # here, because there is no application to wait for
         self.settle()
 
     # ---- in a worker thread ----
@@ -257,7 +257,7 @@ class Channel:
     # ---- in either, under the lock ----
 
     def parse(self, data: bytes) -> None:
-        """Make requests of what has arrived, but not many more than are in work: a packet may have hundreds."""
+        """Make requests of what has arrived, up to the lookahead: one packet may hold hundreds."""
         self.unread += data
         while self.unread and len(self.requests) <= self.adj.channel_request_lookahead:
             if self.finished or self.closed or (self.requests and self.requests[-1].error):
@@ -284,7 +284,7 @@ class Channel:
                     self.keep(part[sent:] if sent else part)
                 sent = max(0, sent - len(part))
         except OSError as error:
-            if not isinstance(error, ConnectionError):
+            if not isinstance(error, (ConnectionError, TimeoutError)):
                 log.error("A response is cut short: %s", error)  # a file has found no room for it
             self.finished = True
             raise ClientDisconnected from error
@@ -296,7 +296,7 @@ class Channel:
             self.outgoing.append(part)
             self.tail_bytes = most
             return
-        if not self.outgoing or self.tail_bytes >= most:  # a buffer gives its room back only as a whole: begin another
+        if not self.outgoing or self.tail_bytes >= most:  # a buffer frees its room only when all of it is sent
             self.outgoing.append(OverflowableBuffer(self.adj.outbuf_overflow))
             self.tail_bytes = 0
         self.outgoing[-1].append(part)
@@ -306,12 +306,12 @@ class Channel:
         """Note what is waited for now, and since when. Send 100 Continue, if the client waits for that."""
         if self.closed:
             return
-        arriving = self.request and self.request.arriving
+        arriving = self.request and self.request.began
         if arriving and self.request.expect_continue and not (self.requests or self.finished):
             self.request.expect_continue = False
             with suppress(ClientDisconnected):
                 self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # At the end, what the system still has to send would be lost with the container.
+        # What the system has not sent yet would be lost if the container ended now.
         ends = (self.half_closed or self.server.closing) and not self.requests
         if self.outgoing or (ends and self.unacknowledged()):
             state = State.RESPONSE

@@ -23,6 +23,7 @@ FRAMING = re.compile(rb"\r\n(content-length|content-type|host|transfer-encoding)
 # RFC 9110, section 7.2: uri-host [ ":" port ].
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]*)?")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+IDS = random.Random()  # noqa: S311 (no secret, so without a system call; our own, as an application may seed the other)
 
 # RFC 9112, section 7.1: a chunk's size and its extensions, of which nothing is used; a field of the trailer, likewise.
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -34,7 +35,7 @@ MAX_CHUNK_LINE = 2**13  # bytes; of the whole trailer too
 
 
 def refusal(why: str, code: int = 400, reason: str = "Bad Request") -> Error:
-    """Return the error that a request is answered with which does not reach the application."""
+    """Return the error to answer a request with, in place of the application."""
     error = Error(why)
     error.code, error.reason = code, reason
     return error
@@ -56,12 +57,7 @@ class Request(HTTPRequestParser):
         """Be ready for the first byte."""
         super().__init__(adj)
         self.head = b""
-        self.id = f"{random.getrandbits(128):032x}"  # noqa: S311 (no secret; urandom() would be a system call)
-
-    @property
-    def arriving(self) -> bool:
-        """Whether its first byte is there. Empty lines before it do not count (RFC 9112, section 2.2)."""
-        return self.head not in {b"", b"\r"}
+        self.id = f"{IDS.getrandbits(128):032x}"
 
     def received(self, data: bytes) -> int:
         """Take what has arrived; return how many bytes of it belong to this request."""
@@ -75,11 +71,10 @@ class Request(HTTPRequestParser):
         """Take a part of the request line and headers."""
         head = self.head + data
         head = head[EMPTY_LINES.match(head).end() :]
-        if not self.began and head:
+        if not self.began and head not in {b"", b"\r"}:  # empty lines do not count (RFC 9112, section 2.2)
             self.began = time.monotonic()
-        end = head.find(b"\r\n\r\n") + 4
-        rest = len(head) - end if end >= 4 else 0  # bytes of what follows
-        self.head = head = head[: len(head) - rest]
+        start, end, rest = head.partition(b"\r\n\r\n")
+        self.head = head = start + end
         line, whole, _ = head.partition(b"\r\n")
         if whole:
             with suppress(ValueError):  # for the log, whatever is wrong
@@ -94,8 +89,8 @@ class Request(HTTPRequestParser):
                 "a header has no control character, bare CR or LF, folded line, or 128 blanks in a row"
             )
         else:
-            self.error = (whole and check_request_line(line)) or (end >= 4 and self.parse_head(head)) or None
-        return len(data) - rest
+            self.error = (whole and check_request_line(line)) or (end and self.parse_head(head)) or None
+        return len(data) - len(rest)
 
     def parse_head(self, head: bytes) -> Error | None:
         """Have waitress read a whole head; return what is wrong with it, if anything is."""
@@ -150,7 +145,7 @@ def check_request_line(line: bytes) -> Error | None:
 
 
 def check_framing(head: bytes) -> Error | None:
-    """Return what is wrong with a head about whose end, or whose body's end, servers may disagree."""
+    """Return what could make servers disagree about where this request ends, if anything does."""
     fields = [(name.lower(), value) for name, value in FRAMING.findall(head)]
     lines = [value for name, value in fields if name == b"transfer-encoding"]
     names = {name for name, _ in fields}
@@ -176,7 +171,7 @@ class ChunkedBody(ChunkedReceiver):
     for 100 KB in chunks of a byte. waitress calls received() until `completed` or `error` is set.
     """
 
-    left = 0  # bytes of the chunk that is arriving, and of the CR LF after it
+    left = 0  # bytes still to come of this chunk and its CR LF
     line = b""  # the beginning of a line
     trailer = None  # bytes of it; None before it
 

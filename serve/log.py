@@ -14,6 +14,8 @@ from json.encoder import encode_basestring_ascii
 
 log = logging.getLogger("serve")
 
+REPORT = 10.0  # seconds between two reports of the same trouble
+
 # The id of the request that the current thread works on.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
@@ -21,11 +23,10 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 class Writer(threading.Thread):
     """Writes lines from a thread of its own, so that a stalled reader of the log stalls no request.
 
-    With `delay`, in seconds, it collects lines: to wake the reader for every line costs a third of a small request.
+    With `delay` (seconds) it collects lines: to write each at once takes a third of a small request's time.
     """
 
     LIMIT = 1_000_000  # bytes that may wait; lines beyond that are lost
-    REPORT = 10.0  # seconds between two reports of lost lines
 
     def __init__(self, fd: int, name: str, delay: float = 0) -> None:
         """Write to the file descriptor `fd`; `name` says in reports what that is."""
@@ -35,7 +36,7 @@ class Writer(threading.Thread):
         self.lines: list[bytes] = []
         self.waiting = 0  # bytes
         self.lost = 0  # lines
-        self.reported = -self.REPORT
+        self.reported = -REPORT
         self.start()
         writers.append(self)
 
@@ -75,9 +76,9 @@ class Writer(threading.Thread):
             self.report()
 
     def report(self) -> None:
-        """Log how many lines are lost, if any are, at most every REPORT seconds."""
+        """Log how many lines are lost, if any are, now and then."""
         with self.lock:
-            if not self.lost or time.monotonic() < self.reported + self.REPORT:
+            if not self.lost or time.monotonic() < self.reported + REPORT:
                 return
             lost, self.lost, self.reported = self.lost, 0, time.monotonic()
         log.warning("Lines of %s that could not be written: %d", self.name, lost)
@@ -86,14 +87,14 @@ class Writer(threading.Thread):
         """Wait until all is written, for half a second at most; the rest is lost."""
         if os.getpid() != self.pid:
             return
-        self.reported = -self.REPORT
+        self.reported = -REPORT
         self.report()
         deadline = time.monotonic() + 0.5
         while self.waiting and time.monotonic() < deadline:
             time.sleep(0.005)
         with self.lock:
             self.lost += len(self.lines)
-            self.reported = -self.REPORT
+            self.reported = -REPORT
         self.report()
 
 
@@ -147,7 +148,7 @@ def log_as_json(level: str) -> logging.Handler:
     handler.setFormatter(JSONFormatter())
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)
-    # Not to the root logger: an application may have that one write to wsgi.errors, without end.
+    # Not to the root logger: an application may make that write to wsgi.errors, which would be a loop.
     logging.getLogger("wsgi.errors").addHandler(handler)
     logging.getLogger("wsgi.errors").propagate = False
     sys.excepthook = lambda *failure: log.critical("Uncaught exception", exc_info=failure)

@@ -17,7 +17,6 @@ from serve.log import ErrorStream, log, quoted, request_id, timestamp
 ERRORS = ErrorStream()
 STATUS = re.compile(r"[2-5][0-9]{2}(?: |$)")
 OURS = {"connection", "x-content-type-options", "x-request-id"}  # set here, whatever the application or waitress says
-CRASH = "The server encountered an unexpected internal server error"
 
 http_date = lru_cache(maxsize=1)(build_http_date)  # cached, because it is the same for all in a second
 
@@ -49,7 +48,9 @@ class Response(WSGITask):
             log.exception("Exception while serving %s", self.request.path)
             self.close_on_finish = True
             if not self.wrote_header:
-                why = traceback.format_exc() if self.channel.adj.expose_tracebacks else CRASH
+                why = "The server encountered an unexpected internal server error"
+                if self.channel.adj.expose_tracebacks:
+                    why = traceback.format_exc()
                 with suppress(ClientDisconnected):
                     self.refuse(refusal(why, 500, "Internal Server Error"))
         if self.channel.server.access_log:
@@ -173,6 +174,6 @@ class Response(WSGITask):
         environ = {f"HTTP_{name}": value for name, value in self.request.headers.items()}
         environ |= {"REMOTE_ADDR": address, "wsgi.url_scheme": "http"}
         if adj.trusted_proxy in {"*", address}:
-            with suppress(Exception):  # it raises what it happens to: an IndexError for ":1.2"
+            with suppress(Exception):  # it raises anything: an IndexError for ":1.2"
                 parse_proxy_headers(environ, adj.trusted_proxy_count, adj.trusted_proxy_headers)
         return environ["REMOTE_ADDR"]

@@ -16,19 +16,18 @@ from functools import partial
 from waitress.proxy_headers import proxy_headers_middleware
 
 from serve.channel import Channel
-from serve.log import Writer, log
+from serve.log import REPORT, Writer, log
 from serve.settings import Settings
 
 CHECK = 0.25  # seconds between two checks of all timeouts
 CHECK_CLOSING = 0.05  # the same, while somebody waits for the end
-REPORT = 10.0  # seconds between two reports of the same trouble
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # for one more open file
-# Otherwise the system keeps megabytes of a response for a client that does not read: memory that is not bounded here.
+# Without it, the system buffers megabytes for each client that does not read: memory that nothing here limits.
 SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2**17)] if hasattr(socket, "TCP_NOTSENT_LOWAT") else []
 
 
 class Server:
-    """Serves until it is told to stop, and then for as long as what is in work takes.
+    """Serves until it is told to stop, then finishes what is in work.
 
     The main thread runs the loop: it accepts, reads, and hands requests to worker threads, which answer them.
 
@@ -43,9 +42,9 @@ class Server:
     draining = False  # the application is told
     closing = False  # every response is the last on its connection
     full = False  # no more connections are accepted for now
-    room = 0  # connections that there were when it became full
+    full_at = 0  # so many connections
     queued = 0  # requests for which no thread was free at the last look
-    waiting = False  # the loop is, or is about to
+    asleep = False  # in select(), or about to be
     checked = draining_since = closing_since = 0.0
     reported_full = reported_queue = -REPORT
 
@@ -53,7 +52,6 @@ class Server:
         """Listen; raises OSError where that fails, and RuntimeError if threads cannot be started."""
         self.settings = settings
         self.adj = adj = settings.waitress
-        self.read_timeout = settings.read_timeout
         self.access_log = Writer(1, "the access log", delay=0.02) if settings.access_log else None
         self.application = proxy_headers_middleware(
             application,
@@ -65,7 +63,8 @@ class Server:
         )
         self.selector = selectors.DefaultSelector()  # epoll, on Linux
         self.channels: set[Channel] = set()
-        self.listeners = [self.listen(*address) for address in adj.listen]
+        self.listeners = [self.listen(family, address) for family, _, _, address in adj.listen]
+        self.resume_accepting()
         self.server_name, self.effective_port = adj.server_name, self.listeners[0].getsockname()[1]
         self.tasks: queue.SimpleQueue[Channel] = queue.SimpleQueue()
         self.in_work: set[Channel] = set()
@@ -79,16 +78,10 @@ class Server:
         signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
         self.selector.register(pipe, selectors.EVENT_READ, lambda _: os.read(pipe, 4096))
 
-    def listen(self, family: int, kind: int, protocol: int, address: tuple) -> socket.socket:
-        """Return a socket that listens; the loop waits for it."""
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    def listen(self, family: int, address: tuple) -> socket.socket:
+        """Return a socket that listens."""
+        listener = socket.create_server(address, family=family, backlog=self.adj.backlog)
         listener.setblocking(False)
-        listener.bind(address)
-        listener.listen(self.adj.backlog)
-        self.selector.register(listener, selectors.EVENT_READ, partial(self.accept, listener))
         return listener
 
     def run(self) -> int:
@@ -121,26 +114,26 @@ class Server:
         self.to_start.clear()
         busy = self.channels or self.signals or self.full
         timeout = CHECK_CLOSING if self.closing else CHECK if busy else REPORT
-        self.waiting = True  # set before the look at `to_settle`: wake() adds to that first, and looks at this after
+        self.asleep = True  # before the look at `to_settle`: wake() does the two in the opposite order
         events = self.selector.select(0 if self.to_settle else timeout)
-        self.waiting = False
+        self.asleep = False
         for key, ready in events:
             key.data(ready)
         while self.to_settle:
             self.to_settle.popleft().on_events(0)
-        if self.full and len(self.channels) < self.room:
+        if self.full and len(self.channels) < self.full_at:
             self.resume_accepting()
 
     def wake(self, channel: Channel) -> None:
-        """Have the loop settle a connection, from any thread. A loop that is awake costs no system call."""
+        """Have the loop settle a connection, from any thread. No system call if the loop is awake."""
         self.to_settle.append(channel)
-        if self.waiting:
-            self.waiting = False
+        if self.asleep:
+            self.asleep = False
             with suppress(BlockingIOError):  # there is enough in the pipe
                 os.write(self.wakeup, b"x")
 
     def check(self, now: float) -> None:
-        """Close the connections that keep us waiting; report requests that have waited for a thread since last time."""
+        """Apply the timeouts; report requests if some waited for a thread at the last check, and do now."""
         self.checked = now
         if self.access_log:
             self.access_log.report()
@@ -163,7 +156,7 @@ class Server:
     def start(self, channel: Channel) -> None:
         """Have a connection's first request answered as soon as a worker is free.
 
-        It is handed over right before the loop waits: a worker that wakes earlier has to wait for the interpreter.
+        It is handed over right before the loop sleeps: woken earlier, a worker would only wait for the GIL.
         """
         self.in_work.add(channel)
         self.to_start.append(channel)
@@ -184,7 +177,7 @@ class Server:
                 connection.setsockopt(*option)
         channel = Channel(self, connection, address)
         self.channels.add(channel)
-        channel.settle()
+        channel.on_events(0)
         if len(self.channels) >= self.adj.connection_limit:
             self.pause_accepting(
                 "total open connections reached the connection limit, no longer accepting new connections"
@@ -193,7 +186,7 @@ class Server:
 
     def pause_accepting(self, reason: str) -> None:
         """Accept no more connections until one has closed."""
-        self.room = len(self.channels)
+        self.full_at = len(self.channels)
         if not self.full:
             self.full = True
             for listener in self.listeners:
@@ -203,7 +196,7 @@ class Server:
             log.warning(reason)
 
     def resume_accepting(self) -> None:
-        """Accept connections again."""
+        """Have the loop wait for connections, and accept them."""
         self.full = False
         for listener in self.listeners:
             self.selector.register(listener, selectors.EVENT_READ, partial(self.accept, listener))

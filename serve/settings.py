@@ -31,7 +31,7 @@ DEFAULTS = {
     "max_request_header_size": 2**14,
     # waitress takes 1 GiB, into /tmp, which is memory: one request would get the container killed.
     "max_request_body_size": 2**20,
-    # Of each body and response so much is kept in memory, 64 MiB for all connections; the rest goes to /tmp.
+    # So much of each body and response is kept in memory; the rest goes to /tmp.
     "inbuf_overflow": 2**15,
     "outbuf_overflow": 2**15,
     # A response of which more than this is unsent holds its thread. With waitress's 16 MiB a few of them fill /tmp.
@@ -51,7 +51,7 @@ class SettingError(ValueError):
 
 
 class Settings(NamedTuple):
-    """What the environment comes to. Times are in seconds."""
+    """The settings, checked. Times are in seconds."""
 
     application: str
     read_timeout: float
@@ -99,7 +99,8 @@ def waitress_settings(environ: Mapping[str, str]) -> tuple[Adjustments, list[str
     bind, port = environ.get("BIND", "*"), environ.get("PORT", "5000")
     if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:  # getaddrinfo() takes 70000 for 4464
         raise SettingError("PORT", port, "takes a whole number from 0 to 65535")
-    address = {"host": bind, "port": port, "ipv6": has_ipv6()}
+    # Without ipv6 where the kernel, started with ipv6.disable=1, makes no such socket.
+    address = {"host": bind, "port": port, "ipv6": socket.has_dualstack_ipv6()}
     try:
         Adjustments(**address)
     except ValueError:
@@ -121,15 +122,6 @@ def waitress_settings(environ: Mapping[str, str]) -> tuple[Adjustments, list[str
         return Adjustments(**settings), unknown
     except ValueError as error:  # settings that exclude each other; it names them
         raise SettingError(f"{PREFIX}*", None, str(error)) from error
-
-
-def has_ipv6() -> bool:
-    """Tell whether the kernel has IPv6: with ipv6.disable=1 it makes no socket of it."""
-    try:
-        socket.socket(socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
 
 
 def problem_with(name: str, value: str) -> str | None:
