@@ -183,7 +183,7 @@ class Server:
 
     def messages(self) -> list[str]:
         """Return the messages among them, without those of a usual start and stop."""
-        usual = re.compile("Serving on .*|Draining: .*|Closing: .* in work: 0|Stopped")
+        usual = re.compile("Serving on .*|Draining: .*|Closing: .*|Stopped")
         return [entry["message"] for entry in self.logged() if not usual.fullmatch(entry["message"])]
 
     def requests(self, count: int) -> list[dict]:
