@@ -110,7 +110,7 @@ def limit_connections(adj: Adjustments) -> None:
 
 
 def end_soon(code: int) -> None:
-    """Let the application's threads and atexit functions end, but not for ever; a signal now ends it at once."""
+    """Give the application's threads and atexit functions a second to end. A signal now ends the process at once."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(code or 1))
 

@@ -215,9 +215,7 @@ class Server:
         if not receive_buffer:
             return socket.create_connection(self.address(), 30)
         connection = socket.socket()
-        connection.setsockopt(
-            socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer
-        )  # takes effect only before it connects
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)  # counts only before connect()
         connection.settimeout(30)
         connection.connect(self.address())
         return connection

@@ -271,7 +271,5 @@ def test_os_error_is_not_the_clients(tmp_path: pathlib.Path) -> None:
 def test_environ_is_the_applications(running: Server) -> None:
     """Whatever an application does with its environ, its thread goes on."""
     for _ in range(3):
-        assert statuses(running.exchange(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") % b"environ")) == [
-            200
-        ]
+        assert statuses(running.exchange(LAST.replace(b"/ ", b"/environ "))) == [200]
     assert len(running.requests(3)) == 3
