@@ -249,6 +249,7 @@ def server(folder: pathlib.Path, **options: object) -> Iterator[Server]:
     finally:
         running.process.kill()
         running.process.wait()
+        print(running.log.read_text(), running.access_log.read_text(), sep="\n")  # which pytest shows if the test fails
 
 
 class Project:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import ask, many_files, rest, server, statuses
+from tests.support import ask, many_files, rest, server, statuses, wait_until
 
 APPLICATION = """
 import time
@@ -35,17 +35,19 @@ def app(environ, start_response):
     return [body]
 """
 
-# The application opens all the files that the process may have, until it is told to close them.
+# For /hoard, the application opens all the files that the process may have, and closes them when it is told to.
 HOARD = """
-files = []
+import os
 
 def hoard(environ, start_response):
+    files = []
     try:
         while environ["PATH_INFO"] == "/hoard":
             files.append(open("/dev/null"))
     except OSError:
-        pass
-    if environ["PATH_INFO"] == "/release":
+        os.mkdir("hoarded")
+        while not os.path.exists("release"):
+            time.sleep(0.01)
         files.clear()
     return app(environ, start_response)
 """
@@ -266,13 +268,14 @@ def test_no_more_files(start: Callable, tmp_path: pathlib.Path) -> None:
     """Out of file descriptors, it says so once, waits without being busy, and goes on when there are some again."""
     (tmp_path / "app.py").write_text(HOARD + APPLICATION)
     with start(files=(100, 100), READ_TIMEOUT="600", APP="app:hoard") as running, running.connect() as known:
-        assert statuses(ask(known, b"/hoard")) == [200]
+        known.sendall(GET.replace(b"/ ", b"/hoard "))
+        wait_until((tmp_path / "hoarded").exists, 10, "all files to be open")
         with running.connect() as waiting:
             waiting.sendall(LAST)
             before = cpu_seconds(running.process.pid)
             assert not select.select([waiting], [], [], 1)[0]
             assert cpu_seconds(running.process.pid) - before < 0.5
-            assert statuses(ask(known, b"/release")) == [200]
+            (tmp_path / "release").touch()
             released = time.monotonic()
             assert statuses(rest(waiting)) == [200]
             assert time.monotonic() - released < 3
