@@ -1,12 +1,12 @@
 # `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help up down dev test check lock upgrade wheels reproduce bench
+.PHONY: help up down dev test test-all check lock upgrade wheels reproduce bench
 
 # PYTHON_IMAGE and PIP_CONF come from the environment; .env is for compose.
 build = docker build --build-arg PYTHON_IMAGE $(PIP_CONF:%=--secret=id=pip_conf,src=%)
 
 help:      ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 # ---- run -----------------------------------------------------------------------------------------------------------
 up:        ## build, start, wait until healthy, print the address; without Docker, serve from a virtual environment
@@ -21,7 +21,11 @@ dev:       ## serve your folder with live reload, on this machine only, until Ct
 	DEV_USER=$$(id -u):$$(id -g) docker compose up --build --watch dev
 
 # ---- check ---------------------------------------------------------------------------------------------------------
-test: .venv/ready ## run the tests that this machine can run
+test: .venv/ready ## run the tests that this machine can run, but for the slow ones
+	.venv/bin/pytest -m 'not slow'
+	@echo 'Not run: the tests marked slow. `make test-all` runs them too.'
+
+test-all: .venv/ready ## run every test that this machine can run
 	.venv/bin/pytest
 
 check: .venv/ready ## lint, and fail if a lock is out of date

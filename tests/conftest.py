@@ -8,7 +8,28 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support import ROOT, Project, run
+from tests.support import ROOT, Project, Server, run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need an engine: those whose fixtures do."""
+    for item in items:
+        if "engine" in item.fixturenames:
+            item.add_marker("docker")
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[..., Server]:
+    """A function that starts the server in `tmp_path` with an application, by default the module's APPLICATION."""
+    return lambda application=None, **options: Server(tmp_path, application or request.module.APPLICATION, **options)
+
+
+@pytest.fixture(scope="module")
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the module's APPLICATION and VARIABLES, for all tests that leave it as it is."""
+    variables = getattr(request.module, "VARIABLES", {})
+    with Server(tmp_path_factory.mktemp("running"), request.module.APPLICATION, **variables) as running:
+        yield running
 
 
 def needs_docker(problem: str) -> None:

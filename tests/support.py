@@ -22,6 +22,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+# Requests for a target; after the second, the connection is closed.
+GET = b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n"
+LAST = b"GET %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> object:
     """Return the first true value of `condition`, asked every 10 ms; fail, naming `what`, after so many seconds."""
@@ -105,9 +109,9 @@ def answer(connection: socket.socket) -> bytes:
     return received
 
 
-def ask(connection: socket.socket, path: bytes) -> bytes:
-    """Ask for `path`; return the answer."""
-    connection.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % path)
+def ask(connection: socket.socket, target: bytes = b"/") -> bytes:
+    """Ask for `target`; return the answer."""
+    connection.sendall(GET % target)
     return answer(connection)
 
 
@@ -126,7 +130,7 @@ def unanswered_until_gone(address: tuple[str, int], stop: Callable[[], object]) 
                 return
             try:
                 with connection:
-                    while b"connection: close" not in ask(connection, b"/").lower():
+                    while b"connection: close" not in ask(connection).lower():
                         answered[number] += 1
             except (OSError, AssertionError) as failure:
                 failures.append(failure)
@@ -154,28 +158,50 @@ def many_files() -> Iterator[None]:
 
 
 class Server:
-    """`python -m serve` in a folder with an application, and what it has written."""
+    """`python -m serve` with an application in a folder, until the `with` block ends; and what it has written."""
 
     def __init__(
         self,
         folder: pathlib.Path,
+        application: str | None = None,
         files: tuple[int, int] | None = None,
         stdout: int | None = None,
         stderr: int | None = None,
-        **environ: str,
+        **environ: str | None,
     ) -> None:
-        """Start it; `files` are its soft and hard limit of open files, `stdout` and `stderr` where its logs go."""
+        """Write `application` to app.py, and start.
+
+        `files` are its soft and hard limit of open files, `stdout` and `stderr` where its logs go; a variable that is
+        None is not set. It listens on a free port of 127.0.0.1 unless BIND and PORT say otherwise.
+        """
+        if application is not None:
+            (folder / "app.py").write_text(application)
         self.log, self.access_log = folder / "serve.log", folder / "access.log"
         own = re.compile("(WAITRESS|SHUTDOWN)_.*|APP|BIND|PORT|READ_TIMEOUT|ACCESS_LOG|LOG_LEVEL")
         clean = {name: value for name, value in os.environ.items() if not own.fullmatch(name)}
-        clean["PYTHONPATH"] = str(ROOT)
+        environ = clean | {"PYTHONPATH": str(ROOT), "BIND": "127.0.0.1", "PORT": "0"} | environ
+        command = [sys.executable, "-m", "serve"]
+        if files:
+            limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({}, {})); os.execv(*{})"
+            command = [sys.executable, "-c", limit.format(*files, (sys.executable, command))]
         with self.log.open("w") as errors, self.access_log.open("w") as access:
-            command = [sys.executable, "-m", "serve"]
-            if files:
-                limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({}, {})); os.execv(*{})"
-                command = [sys.executable, "-c", limit.format(*files, (sys.executable, command))]
-            streams = {"stdout": access if stdout is None else stdout, "stderr": errors if stderr is None else stderr}
-            self.process = subprocess.Popen(command, env=clean | environ, cwd=folder, **streams)
+            self.process = subprocess.Popen(
+                command,
+                env={name: value for name, value in environ.items() if value is not None},
+                cwd=folder,
+                stdout=access if stdout is None else stdout,
+                stderr=errors if stderr is None else stderr,
+            )
+
+    def __enter__(self) -> "Server":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill it, if it has not ended."""
+        self.process.kill()
+        self.process.wait()
+        print(self.log.read_text(), self.access_log.read_text(), sep="\n")  # pytest shows it if the test fails
 
     def logged(self) -> list[dict]:
         """Return the entries of the log on standard error so far."""
@@ -185,6 +211,10 @@ class Server:
         """Return the messages among them, without those of a usual start and stop."""
         usual = re.compile("Serving on .*|Draining: .*|Closing: .*|Stopped")
         return [entry["message"] for entry in self.logged() if not usual.fullmatch(entry["message"])]
+
+    def until_said(self, word: str) -> None:
+        """Wait for a message that begins with `word`."""
+        wait_until(lambda: any(entry["message"].startswith(word) for entry in self.logged()), 10, word)
 
     def requests(self, count: int) -> list[dict]:
         """Return the entries of the access log, once there are so many; fail if there are more."""
@@ -197,7 +227,7 @@ class Server:
         return [json.loads(line) for line in entries]
 
     def listening(self, addresses: int = 1) -> list[str]:
-        """Return the addresses that it says it serves on, as soon as it has said so many."""
+        """Return the URLs that it says it serves on, as soon as it has said so many."""
 
         def said() -> list[str]:
             assert self.process.poll() is None, f"it ended before it served: {self.log.read_text()}"
@@ -220,7 +250,7 @@ class Server:
         connection.connect(self.address())
         return connection
 
-    def exchange(self, sent: bytes) -> bytes:
+    def exchange(self, sent: bytes = LAST % b"/") -> bytes:
         """Return what comes back on a connection of its own until the server closes it."""
         with self.connect() as connection:
             connection.sendall(sent)
@@ -238,18 +268,6 @@ class Server:
         """Stop it, which has to go well: its log is complete then."""
         self.stop()
         assert self.ended() == 0
-
-
-@contextmanager
-def server(folder: pathlib.Path, **options: object) -> Iterator[Server]:
-    """Run the server beside the application in `folder`; end it after."""
-    running = Server(folder, **options)
-    try:
-        yield running
-    finally:
-        running.process.kill()
-        running.process.wait()
-        print(running.log.read_text(), running.access_log.read_text(), sep="\n")  # which pytest shows if the test fails
 
 
 class Project:

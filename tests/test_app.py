@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 import pytest
 
 import app as greeting
-from tests.support import ROOT, server
+from tests.support import ROOT, Server
 from tests.test_shutdown import until_said
 
 
@@ -156,7 +156,7 @@ def test_nosniff(ask: Callable, method: str, path: str) -> None:
 def test_the_greeting_service_drains(tmp_path: pathlib.Path) -> None:
     """Told to stop, the server has it say so: /health turns to 503, not to be cached, in the same form."""
     (tmp_path / "app.py").write_bytes((ROOT / "app.py").read_bytes())
-    with server(tmp_path, BIND="127.0.0.1", PORT="0", SHUTDOWN_DELAY="1") as running:
+    with Server(tmp_path, SHUTDOWN_DELAY="1") as running:
         address = running.listening()[0].removeprefix("http://")
         running.stop()
         until_said(running, "Draining")

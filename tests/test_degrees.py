@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 
 import pytest
 
-from tests.support import ROOT, Project, Server, server, wait_until
+from tests.support import ROOT, Project, Server, wait_until
 
 EXAMPLE = ROOT / "examples" / "degrees"
 if not EXAMPLE.is_dir():
@@ -44,7 +44,7 @@ def serving(folder: pathlib.Path, **environ: str) -> Iterator[tuple[Server, str]
     """Serve a copy of the example in `folder`, its database there too; give the server and the address of the rows."""
     shutil.copy(EXAMPLE / "app.py", folder)
     settings = {"BIND": "127.0.0.1", "PORT": "0", "DATABASE": str(folder / "x.sqlite3")}
-    with server(folder, **settings, **environ) as running:
+    with Server(folder, **settings, **environ) as running:
         yield running, running.listening()[0] + "/degrees"
 
 
@@ -146,7 +146,7 @@ def test_seeded_by_one_of_many(tmp_path: pathlib.Path) -> None:
 def test_wrong_database(tmp_path: pathlib.Path, database: str) -> None:
     """A DATABASE that SQLite cannot open ends the start with exit code 2 and one line that names the variable."""
     shutil.copy(EXAMPLE / "app.py", tmp_path)
-    with server(tmp_path, DATABASE=database) as running:
+    with Server(tmp_path, DATABASE=database) as running:
         assert running.ended() == 2
         [line] = running.log.read_text().splitlines()
         assert "DATABASE='/" in line

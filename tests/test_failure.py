@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support import ROOT, Server, rest, run, server, statuses, wait_until
+from tests.support import ROOT, Server, rest, run, statuses, wait_until
 
 APPLICATION = """
 import pathlib
@@ -126,7 +126,7 @@ LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 def running(tmp_path: pathlib.Path) -> Iterator[Server]:
     """A server with one thread: what that does not survive, the next request shows."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    with server(tmp_path, BIND="127.0.0.1", PORT="0", WAITRESS_THREADS="1") as running:
+    with Server(tmp_path, WAITRESS_THREADS="1") as running:
         yield running
 
 
@@ -211,7 +211,7 @@ def test_client_gone_in_the_middle(running: Server) -> None:
 def test_threads_all_stuck(tmp_path: pathlib.Path) -> None:
     """While every thread is stuck the probe fails, in its own time; when they are free it succeeds again."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    with server(tmp_path, BIND="127.0.0.1", PORT="0", WAITRESS_THREADS="2") as running:
+    with Server(tmp_path, WAITRESS_THREADS="2") as running:
         environ = {"PORT": running.listening()[0].rpartition(":")[2]}
 
         def probe() -> tuple[int, str]:
@@ -234,7 +234,7 @@ def test_threads_all_stuck(tmp_path: pathlib.Path) -> None:
 def test_exposed_traceback(tmp_path: pathlib.Path) -> None:
     """WAITRESS_EXPOSE_TRACEBACKS shows why, as waitress does: to develop with."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    with server(tmp_path, BIND="127.0.0.1", PORT="0", WAITRESS_EXPOSE_TRACEBACKS="true") as running:
+    with Server(tmp_path, WAITRESS_EXPOSE_TRACEBACKS="true") as running:
         assert b"\nRuntimeError: secret\n" in running.exchange(GET % b"raises")
 
 
@@ -264,7 +264,7 @@ def test_no_body(running: Server, tmp_path: pathlib.Path, line: bytes) -> None:
 def test_os_error_is_not_the_clients(tmp_path: pathlib.Path) -> None:
     """An application's OSError is answered 500 also where waitress is told not to log those of connections."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    with server(tmp_path, BIND="127.0.0.1", PORT="0", WAITRESS_LOG_SOCKET_ERRORS="false") as running:
+    with Server(tmp_path, WAITRESS_LOG_SOCKET_ERRORS="false") as running:
         assert statuses(running.exchange(GET % b"raises-os-error")) == [500]
 
 

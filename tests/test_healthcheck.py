@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from tests.support import ROOT, server
+from tests.support import ROOT, Server
 
 
 def probe(*options: str, **environ: str) -> subprocess.CompletedProcess:
@@ -102,7 +102,7 @@ def test_follows_the_server(tmp_path: pathlib.Path, bind: str) -> None:
         "    start_response('200 OK' if ok else '404 Not Found', [])\n"
         "    return []\n"
     )
-    with server(tmp_path, BIND=bind, PORT="0") as running:
+    with Server(tmp_path, BIND=bind, PORT="0") as running:
         port = running.listening()[0].rpartition(":")[2]
         assert probe(BIND=bind, PORT=port).returncode == 0
         assert probe(PORT=port).returncode == 0  # by 127.0.0.1, else ::1

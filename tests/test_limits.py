@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import ask, many_files, rest, server, statuses, wait_until
+from tests.support import Server, ask, many_files, rest, statuses, wait_until
 
 APPLICATION = """
 import time
@@ -60,7 +60,7 @@ LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 def start(tmp_path: pathlib.Path) -> Callable:
     """A function that starts a server that waits a second for its clients."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    return lambda **environ: server(tmp_path, **{"BIND": "127.0.0.1", "PORT": "0", "READ_TIMEOUT": "1"} | environ)
+    return lambda **environ: Server(tmp_path, **{"BIND": "127.0.0.1", "PORT": "0", "READ_TIMEOUT": "1"} | environ)
 
 
 def drip(connection: socket.socket, sent: bytes) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support import Server, rest, server, statuses, wait_until
+from tests.support import Server, rest, statuses, wait_until
 
 APPLICATION = """
 import logging
@@ -76,7 +76,7 @@ LAST = b"%s %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
 def start(tmp_path: pathlib.Path) -> Callable:
     """A function that starts a server with an application that logs."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    return lambda **options: server(tmp_path, **{"BIND": "127.0.0.1", "PORT": "0"} | options)
+    return lambda **options: Server(tmp_path, **options)
 
 
 def ask(running: Server, target: bytes, *headers: bytes, method: bytes = b"GET") -> bytes:

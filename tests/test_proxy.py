@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support import Server, listens, program, server, wait_until
+from tests.support import Server, listens, program, wait_until
 
 APPLICATION = """
 import json
@@ -81,7 +81,7 @@ FORGED = (
 def service(tmp_path: pathlib.Path) -> Iterator[Server]:
     """A server that trusts nginx, with an application that tells what it believes of its client."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    with server(tmp_path, BIND="127.0.0.1", PORT="0", **TRUST) as running:
+    with Server(tmp_path, **TRUST) as running:
         running.listening()
         yield running
 
@@ -142,7 +142,7 @@ def test_several_hops(tmp_path: pathlib.Path) -> None:
     """Of a chain of addresses only those count that trusted proxies have added, as many as there are of them."""
     (tmp_path / "app.py").write_text(APPLICATION)
     trust = TRUST | {"WAITRESS_TRUSTED_PROXY": "*", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}
-    with server(tmp_path, BIND="127.0.0.1", PORT="0", **trust) as running:
+    with Server(tmp_path, **trust) as running:
         told = ask(place(running), headers=b"X-Forwarded-For: 6.6.6.6, 192.0.2.1, 192.0.2.2\r\n")
         assert told["address"] == running.requests(1)[0]["remote_addr"] == "192.0.2.1"
 
@@ -158,7 +158,7 @@ def test_the_probe_needs_no_prefix(service: Server) -> None:
 def test_refused_behind_the_proxy(tmp_path: pathlib.Path, given: bytes, recorded: str | None) -> None:
     """What is refused before the application sees it is on record with the client's own address, if that is one."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    with server(tmp_path, BIND="127.0.0.1", PORT="0", **TRUST | {"WAITRESS_TRUSTED_PROXY": "127.0.0.1"}) as running:
+    with Server(tmp_path, **TRUST | {"WAITRESS_TRUSTED_PROXY": "127.0.0.1"}) as running:
         request = b"POST / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: %b\r\nContent-Length: 9999999\r\n\r\n"
         assert running.exchange(request % given).startswith(b"HTTP/1.1 413 ")
         [entry] = running.requests(1)

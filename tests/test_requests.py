@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.support import Server, rest, server, statuses, wait_until
+from tests.support import Server, rest, statuses, wait_until
 
 APPLICATION = """
 def app(environ, start_response):
@@ -52,7 +52,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for all tests here, with an application that tells what it was asked."""
     folder = tmp_path_factory.mktemp("requests")
     (folder / "app.py").write_text(APPLICATION)
-    with server(folder, BIND="127.0.0.1", PORT="0", READ_TIMEOUT="2") as running:
+    with Server(folder, READ_TIMEOUT="2") as running:
         yield running
 
 

@@ -12,7 +12,7 @@ import pytest
 from waitress.adjustments import Adjustments
 
 from serve.settings import read_settings
-from tests.support import ROOT, get, server
+from tests.support import ROOT, Server, get
 
 # waitress's own settings for where to listen.
 LISTEN = {"listen", "host", "port", "ipv4", "ipv6", "unix_socket", "unix_socket_perms", "sockets"}
@@ -60,7 +60,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_serves_without_a_banner(folder: pathlib.Path) -> None:
     """The application answers, with nothing in the headers of what serves it."""
-    with server(folder, BIND="127.0.0.1", PORT="0") as running:
+    with Server(folder) as running:
         [url] = running.listening()
         assert get(url + "/here") == (200, "/here")
         host, port = url.removeprefix("http://").split(":")
@@ -74,7 +74,7 @@ def test_serves_without_a_banner(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("environ", "hosts"),
     [
-        ({}, ["127.0.0.1", "[::1]"]),
+        ({"BIND": None}, ["127.0.0.1", "[::1]"]),
         ({"BIND": "*"}, ["127.0.0.1", "[::1]"]),
         ({"BIND": "0.0.0.0"}, ["127.0.0.1"]),
         ({"BIND": "127.0.0.1"}, ["127.0.0.1"]),
@@ -86,7 +86,7 @@ def test_serves_without_a_banner(folder: pathlib.Path) -> None:
 )
 def test_listens(folder: pathlib.Path, environ: dict[str, str], hosts: list[str]) -> None:
     """It listens on IPv4 and IPv6 unless BIND says otherwise, and logs an address of each as one can use it."""
-    with server(folder, PORT="0", **environ) as running:
+    with Server(folder, **environ) as running:
         urls = running.listening(addresses=len(hosts))
         for url, host in zip(urls, hosts, strict=True):
             port = url.rpartition(":")[2]
@@ -101,7 +101,7 @@ def test_listens_without_ipv6(folder: pathlib.Path) -> None:
         "        if family == socket.AF_INET6:\n            raise OSError('no IPv6')\n"
         "        super().__init__(family, *rest, **named)\n\n\nsocket.socket = IPv4\n"
     )
-    with server(folder, PORT="0", PYTHONPATH=f"{folder}:{ROOT}") as running:
+    with Server(folder, BIND=None, PYTHONPATH=f"{folder}:{ROOT}") as running:
         [url] = running.listening()
         assert get(url + "/") == (200, "/")
 
@@ -109,7 +109,7 @@ def test_listens_without_ipv6(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ends_on_a_signal(folder: pathlib.Path, number: signal.Signals) -> None:
     """SIGTERM and SIGINT end an idle server with exit code 0 and no complaint, keep-alive connection or not."""
-    with server(folder, BIND="127.0.0.1", PORT="0") as running:
+    with Server(folder) as running:
         [url] = running.listening()
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, port), 10) as connection:
@@ -125,7 +125,7 @@ def test_ends_on_sigint_as_a_background_job(folder: pathlib.Path) -> None:
     """SIGINT works where a shell has started the server in the background, that is with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child process inherits
     try:
-        with server(folder, BIND="127.0.0.1", PORT="0") as running:
+        with Server(folder) as running:
             signal.signal(signal.SIGINT, before)
             running.listening()
             running.process.send_signal(signal.SIGINT)
@@ -139,7 +139,7 @@ def test_ends_on_sigint_as_a_background_job(folder: pathlib.Path) -> None:
 def test_ends_at_once_whenever_the_signal_comes(folder: pathlib.Path) -> None:
     """A signal that does not interrupt poll() ends it all the same, not only when poll() times out."""
     # Such a signal comes just before poll(); or, as here, to another thread: to be seen in the main thread's turn.
-    with server(folder, BIND="127.0.0.1", PORT="0", WAITRESS_ASYNCORE_LOOP_TIMEOUT="600") as running:
+    with Server(folder, WAITRESS_ASYNCORE_LOOP_TIMEOUT="600") as running:
         running.listening()
         threads = [int(task.name) for task in pathlib.Path(f"/proc/{running.process.pid}/task").iterdir()]
         assert ctypes.CDLL(None).tgkill(running.process.pid, max(threads), signal.SIGTERM) == 0
@@ -151,13 +151,13 @@ def test_ends_at_once_whenever_the_signal_comes(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize("name", ["app:Group.inner", "package:create_app()", "package.inner:create_app()"])
 def test_application_by_name(folder: pathlib.Path, name: str) -> None:
     """APP names the application as module:attribute, with dots in either, or as module:factory()."""
-    with server(folder, BIND="127.0.0.1", PORT="0", APP=name) as running:
+    with Server(folder, APP=name) as running:
         assert get(running.listening()[0] + "/here") == (200, "/here")
 
 
 def test_crash_tells_the_client_nothing(folder: pathlib.Path) -> None:
     """An application that raises is answered 500 without its traceback; the log has it; the server goes on."""
-    with server(folder, BIND="127.0.0.1", PORT="0", APP="app:fails") as running:
+    with Server(folder, APP="app:fails") as running:
         [url] = running.listening()
         for _ in range(2):
             status, body = get(url + "/")
@@ -195,7 +195,7 @@ def test_crash_tells_the_client_nothing(folder: pathlib.Path) -> None:
 )
 def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> None:
     """An APP that is none ends the start with exit code 2 and one line that says what is wrong with it."""
-    with server(folder, BIND="127.0.0.1", PORT="0", APP=name) as running:
+    with Server(folder, APP=name) as running:
         assert running.ended() == 2
         errors = running.log.read_text()
     assert errors.startswith(f"serve: APP={name!r}: ")
@@ -223,7 +223,7 @@ def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> Non
 )
 def test_wrong_waitress_setting(folder: pathlib.Path, variable: str, value: str, problem: str) -> None:
     """A setting that waitress cannot use ends the start with exit code 2 and one line that names it."""
-    with server(folder, **{f"WAITRESS_{variable}": value}) as running:
+    with Server(folder, **{f"WAITRESS_{variable}": value}) as running:
         assert running.ended() == 2
         errors = running.log.read_text()
     assert errors.startswith(f"serve: WAITRESS_{variable}={value!r}: ")
@@ -260,7 +260,7 @@ def test_wrong_waitress_setting(folder: pathlib.Path, variable: str, value: str,
 )
 def test_wrong_variable(folder: pathlib.Path, variable: str, value: str, problem: str) -> None:
     """A variable of the server's own that it cannot use ends the start with exit code 2 and one line that says why."""
-    with server(folder, **{variable: value}) as running:
+    with Server(folder, **{variable: value}) as running:
         assert running.ended() == 2
         assert running.log.read_text() == f"serve: {variable}={value!r}: {problem}\n"
 
@@ -274,7 +274,7 @@ def test_wrong_variable(folder: pathlib.Path, variable: str, value: str, problem
 )
 def test_settings_that_exclude_each_other(folder: pathlib.Path, environ: dict[str, str], problem: str) -> None:
     """Settings that waitress does not take together end the start as a wrong one does, with what waitress says."""
-    with server(folder, **environ) as running:
+    with Server(folder, **environ) as running:
         assert running.ended() == 2
         errors = running.log.read_text()
     assert errors.startswith("serve: WAITRESS_*: ")
@@ -293,7 +293,7 @@ def test_names_that_are_no_setting(folder: pathlib.Path) -> None:
         "WAITRESS_PORT_5000_TCP_ADDR": "10.0.0.1",
         "WAITRESS_TREADS": "8",
     }
-    with server(folder, BIND="127.0.0.1", PORT="0", **environ) as running:
+    with Server(folder, **environ) as running:
         assert get(running.listening()[0] + "/") == (200, "/")
         running.end()
         [message] = [entry["message"] for entry in running.logged() if entry["level"] == "WARNING"]
@@ -315,7 +315,7 @@ def test_taken_port(folder: pathlib.Path) -> None:
     with ExitStack() as stack:
         with suppress(OSError):  # somebody else listens there
             stack.enter_context(socket.create_server(("127.0.0.1", 5000)))
-        with server(folder, BIND="127.0.0.1") as running:
+        with Server(folder, PORT=None) as running:
             assert running.ended() == 1
             assert running.log.read_text() == "serve: cannot listen on 127.0.0.1:5000: Address already in use\n"
 
@@ -323,7 +323,7 @@ def test_taken_port(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize("bind", ["*", "127.0.0.1"])
 def test_smallest_connection_limit(folder: pathlib.Path, bind: str) -> None:
     """With a connection_limit of 1 the server still answers."""
-    with server(folder, BIND=bind, PORT="0", WAITRESS_CONNECTION_LIMIT="1") as running:
+    with Server(folder, BIND=bind, PORT="0", WAITRESS_CONNECTION_LIMIT="1") as running:
         port = running.listening()[0].rpartition(":")[2]
         assert get(f"http://127.0.0.1:{port}/") == (200, "/")
 
@@ -331,7 +331,7 @@ def test_smallest_connection_limit(folder: pathlib.Path, bind: str) -> None:
 def test_goes_on_after_a_signal_of_the_application(folder: pathlib.Path) -> None:
     """A signal that the application handles itself disturbs nothing: the server neither spins nor logs."""
     (folder / "app.py").write_text("import signal\n\nsignal.signal(signal.SIGUSR1, lambda *_: None)\n" + APPLICATION)
-    with server(folder, BIND="127.0.0.1", PORT="0") as running:
+    with Server(folder) as running:
         [url] = running.listening()
         for _ in range(10):
             running.process.send_signal(signal.SIGUSR1)
@@ -343,7 +343,7 @@ def test_goes_on_after_a_signal_of_the_application(folder: pathlib.Path) -> None
 
 def test_an_app_run_left_in_the_module(folder: pathlib.Path) -> None:
     """Flask's development server does not start in place of ours, whatever the module calls."""
-    with server(folder, BIND="127.0.0.1", PORT="0", APP="runs:app") as running:
+    with Server(folder, APP="runs:app") as running:
         assert get(running.listening()[0] + "/")[0] == 404
 
 
@@ -351,5 +351,5 @@ def test_says_where_it_serves_whatever_the_logging(folder: pathlib.Path) -> None
     """An application that configures logging for itself does not silence the server's own line."""
     config = "import logging.config\n\nlogging.config.dictConfig({'version': 1, 'root': {'level': 'WARNING'}})\n"
     (folder / "app.py").write_text(config + APPLICATION)
-    with server(folder, BIND="127.0.0.1", PORT="0") as running:
+    with Server(folder) as running:
         assert running.listening()

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.support import Server, ask, listens, many_files, rest, server, statuses, unanswered_until_gone, wait_until
+from tests.support import Server, ask, listens, many_files, rest, statuses, unanswered_until_gone, wait_until
 
 # /slow waits for a file named after its query; /stream sends a part before that and a part after; /work goes on when
 # its client is gone; /fork answers with the number of a child.
@@ -77,7 +77,7 @@ GET = b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n"
 def start(tmp_path: pathlib.Path) -> Callable:
     """A function that starts a server with an application that can be held up."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    return lambda **environ: server(tmp_path, **{"BIND": "127.0.0.1", "PORT": "0"} | environ)
+    return lambda **environ: Server(tmp_path, **environ)
 
 
 def said(running: Server, word: str) -> bool:
