@@ -226,6 +226,16 @@ class Server:
         assert len(entries) == count
         return [json.loads(line) for line in entries]
 
+    def entry(self, request_id: str) -> dict:
+        """Return the entry of the access log with this request id, once it is there."""
+
+        def found() -> list[dict]:
+            lines = self.access_log.read_text().splitlines(keepends=True)
+            return [json.loads(line) for line in lines if f'"{request_id}"' in line and line.endswith("\n")]
+
+        [entry] = wait_until(found, 10, f"{request_id} in the access log")
+        return entry
+
     def listening(self, addresses: int = 1) -> list[str]:
         """Return the URLs that it says it serves on, as soon as it has said so many."""
 

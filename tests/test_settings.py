@@ -1,0 +1,270 @@
+"""What it takes from the environment: where it listens, which application, and one line where a variable is wrong."""
+
+import pathlib
+import re
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+
+import pytest
+from waitress.adjustments import Adjustments
+
+from serve.settings import LISTEN, SettingError, read_settings
+from tests.support import ROOT, Server, get, statuses
+
+APPLICATION = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [environ["PATH_INFO"].encode("latin-1")]
+
+class Group:
+    inner = staticmethod(app)
+
+def create_app():
+    return app
+
+def create_nothing():
+    pass
+
+text = "not callable"
+"""
+
+
+def test_defaults() -> None:
+    """With nothing set, the settings are those that README names, waitress's own ones fit for a small container."""
+    settings = read_settings({"PATH": "/bin"})
+    assert settings[:6] == ("app:app", 10, 0, 8, True, "INFO")
+    assert (settings.waitress.host, settings.waitress.port, settings.unknown) == ("*", 5000, [])
+    assert (settings.waitress.ident, settings.waitress.threads, settings.waitress.connection_limit) == (None, 4, 2000)
+    assert (settings.waitress.max_request_body_size, settings.waitress.max_request_header_size) == (2**20, 2**14)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "taken"),
+    [
+        ("APP", "a.b:c", "application", "a.b:c"),
+        ("READ_TIMEOUT", "0.1", "read_timeout", 0.1),
+        ("READ_TIMEOUT", "86400", "read_timeout", 86400),
+        ("SHUTDOWN_DELAY", "2.125", "shutdown_delay", 2.125),
+        ("SHUTDOWN_TIMEOUT", "0", "shutdown_timeout", 0),
+        ("ACCESS_LOG", "0", "access_log", False),
+        ("LOG_LEVEL", "Critical", "log_level", "CRITICAL"),
+        ("PORT", "0", "port", 0),
+        ("PORT", "65535", "port", 65535),
+        ("WAITRESS_THREADS", "8", "threads", 8),
+        ("WAITRESS_CHANNEL_REQUEST_LOOKAHEAD", "0", "channel_request_lookahead", 0),
+        ("WAITRESS_CONNECTION_LIMIT", "9" * 12, "connection_limit", int("9" * 12)),
+        ("WAITRESS_EXPOSE_TRACEBACKS", "Yes", "expose_tracebacks", True),
+        ("WAITRESS_EXPOSE_TRACEBACKS", "off", "expose_tracebacks", False),
+        ("WAITRESS_IDENT", "mine/1.0 ~", "ident", "mine/1.0 ~"),
+        ("WAITRESS_TRUSTED_PROXY", "2001:db8::1", "trusted_proxy", "2001:db8::1"),
+        ("WAITRESS_TRUSTED_PROXY", "*", "trusted_proxy", "*"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:No proxy headers were marked as trusted:DeprecationWarning")
+def test_taken(variable: str, value: str, field: str, taken: object) -> None:
+    """A variable with a possible value counts, up to the smallest and the largest that there are."""
+    settings = read_settings({variable: value})
+    assert getattr(settings, field, None) == taken or getattr(settings.waitress, field) == taken
+    assert settings.unknown == []
+
+
+SECONDS = "takes seconds, from {} to 86400"
+WHOLE = "takes a whole number from {}"
+TAKES = {
+    "PORT": (
+        "takes a whole number from 0 to 65535",
+        ["", "http", "-1", "+80", "65536", "70000", "5000 5001", "\u0668"],
+    ),
+    "BIND": (
+        "takes *, or one name or IP address of this machine",
+        ["", "no.such.host.invalid", "127.0.0.1 ::1", "127.0.0.1:80", "[::1]:80", "[::1", "x" * 70],
+    ),
+    "READ_TIMEOUT": (SECONDS.format(0.1), ["", "0", "0.099", "-1", "ten", "86400.001", "86401", "1e3", "1.2345"]),
+    "SHUTDOWN_DELAY": (SECONDS.format(0), ["", "-1", "5s", "inf", "nan", "1."]),
+    "SHUTDOWN_TIMEOUT": (SECONDS.format(0), ["", " 8", "8,5", "999999", "\u0668"]),
+    "ACCESS_LOG": ("takes 0 or 1", ["", "2", "true", "no"]),
+    "LOG_LEVEL": ("takes DEBUG, INFO, WARNING, ERROR or CRITICAL", ["", "LOUD"]),
+    "WAITRESS_THREADS": (WHOLE.format(1), ["", "0", "-1", "4.0", "1_0", "9" * 13]),
+    "WAITRESS_CHANNEL_TIMEOUT": (WHOLE.format(1), ["2min"]),
+    "WAITRESS_CHANNEL_REQUEST_LOOKAHEAD": (WHOLE.format(0), ["-1"]),
+    "WAITRESS_EXPOSE_TRACEBACKS": ("takes true or false", ["", "ture"]),
+    "WAITRESS_IDENT": ("takes printable ASCII", ["a\nb", "李"]),
+    "WAITRESS_TRUSTED_PROXY": (
+        "takes the proxy's IP address (no network, no name), or * for any client",
+        ["", "proxy", "10.0.0.0/8", "10.0.0.1 10.0.0.2", "**"],
+    ),
+} | {f"WAITRESS_{name.upper()}": ("use BIND and PORT instead", ["8080"]) for name in sorted(LISTEN)}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [(variable, value, problem) for variable, (problem, values) in TAKES.items() for value in values],
+)
+def test_refused(variable: str, value: str, problem: str) -> None:
+    """A value that cannot be used is refused in one line: the variable, the value, what it takes."""
+    with pytest.raises(SettingError) as refused:
+        read_settings({variable: value})
+    assert str(refused.value) == f"{variable}={value!r}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("environ", "line"),
+    [
+        ({"SHUTDOWN_DELAY": "-1"}, "SHUTDOWN_DELAY='-1': takes seconds, from 0 to 86400"),
+        ({"WAITRESS_TRUSTED_PROXY_COUNT": "2"}, r"WAITRESS_\*: .*trusted_proxy.*"),
+        (
+            {"WAITRESS_TRUSTED_PROXY": "*", "WAITRESS_TRUSTED_PROXY_HEADERS": "x-real-ip"},
+            r"WAITRESS_\*: .*trusted_proxy_headers.*",
+        ),
+    ],
+)
+def test_wrong_settings_end_it(start: Callable, environ: dict[str, str], line: str) -> None:
+    """A wrong variable, or several that exclude each other, end the start with exit code 2 and that one line."""
+    with start(**environ) as running:
+        assert running.ended() == 2
+        assert re.fullmatch(f"serve: {line}\n", running.log.read_text())
+
+
+def test_names_that_are_no_setting(start: Callable) -> None:
+    """A platform may set names that begin with WAITRESS_: they are reported in one warning, and left alone."""
+    environ = {  # what Kubernetes sets where there is a Service named waitress, and two slips
+        "WAITRESS_SERVICE_HOST": "10.0.0.1",
+        "WAITRESS_PORT": "tcp://10.0.0.1:5000",
+        "WAITRESS_PORT_5000_TCP": "tcp://10.0.0.1:5000",
+        "WAITRESS_HOST": "udp://10.0.0.1:53",
+        "WAITRESS_TREADS": "8",
+        "WAITRESS_threads": "x",
+    }
+    with start(**environ) as running:
+        assert get(running.listening()[0] + "/") == (200, "/")
+        [message] = [entry["message"] for entry in running.logged() if entry["level"] == "WARNING"]
+        assert set(re.findall(r"WAITRESS_\w+", message)) == set(environ)
+
+
+@pytest.mark.filterwarnings("ignore:send_bytes will be removed:DeprecationWarning")
+def test_every_setting_of_waitress_is_known() -> None:
+    """Each setting takes its own default: a release of waitress that reads settings otherwise fails here."""
+    trust = {"WAITRESS_TRUSTED_PROXY": "::1", "WAITRESS_TRUSTED_PROXY_HEADERS": "forwarded"}
+    for name, _ in Adjustments._params:
+        default = getattr(Adjustments, name, None)
+        if name not in LISTEN and isinstance(default, str | int):
+            read_settings(trust | {f"WAITRESS_{name.upper()}": str(default)})
+
+
+# ---- Where it listens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bind", "hosts"),
+    [
+        (None, ["127.0.0.1", "[::1]"]),
+        ("*", ["127.0.0.1", "[::1]"]),
+        ("0.0.0.0", ["127.0.0.1"]),
+        ("127.0.0.1", ["127.0.0.1"]),
+        ("::", ["[::1]"]),
+        ("::1", ["[::1]"]),
+        ("[::1]", ["[::1]"]),
+    ],
+)
+def test_listens(start: Callable, bind: str | None, hosts: list[str]) -> None:
+    """It listens on IPv4 and IPv6 unless BIND says otherwise, and logs an address of each as one can use it."""
+    with start(BIND=bind) as running:
+        for url, host in zip(running.listening(addresses=len(hosts)), hosts, strict=True):
+            port = url.rpartition(":")[2]
+            assert get(f"http://{host}:{port}/") == (200, "/")
+
+
+def test_listens_without_ipv6(start: Callable, tmp_path: pathlib.Path) -> None:
+    """On a kernel without IPv6, which makes no socket of it, every address is every one of IPv4."""
+    (tmp_path / "sitecustomize.py").write_text(  # imported at the start of Python
+        "import socket\n\n\nclass IPv4(socket.socket):\n"
+        "    def __init__(self, family=-1, *rest, **named):\n"
+        "        if family == socket.AF_INET6:\n            raise OSError('no IPv6')\n"
+        "        super().__init__(family, *rest, **named)\n\n\nsocket.socket = IPv4\n"
+    )
+    with start(BIND="*", PYTHONPATH=f"{tmp_path}:{ROOT}") as running:
+        [url] = running.listening()
+        assert get(url + "/") == (200, "/")
+
+
+def test_taken_port(start: Callable) -> None:
+    """A port that is taken ends the start with exit code 1 and one line that names it: 5000, where PORT is not set."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # somebody else listens there
+            stack.enter_context(socket.create_server(("127.0.0.1", 5000)))
+        with start(PORT=None) as running:
+            assert running.ended() == 1
+            assert running.log.read_text() == "serve: cannot listen on 127.0.0.1:5000: Address already in use\n"
+
+
+# ---- The application -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder with applications, most of which are none."""
+    modules = {
+        "app": APPLICATION,
+        "package/__init__": "from .inner import create_app\n",
+        "package/inner": "from app import create_app\n",
+        "broken": "import os\n\n\nos.environ['NOT_SET']\n",
+        "site-packages/library": "def connect():\n    raise OSError('no database')\n",
+        "uses": "import sys\n\nsys.path.append('site-packages')\nimport library\n\nlibrary.connect()\n",
+        "needs": "import not_installed\n",
+        "typo": "def app(:\n",
+        "leaves": "import sys\n\nsys.exit('DATABASE is not set')\n",
+        "lines": "raise ValueError('one\\ntwo')\n",
+        "runs": "import flask\n\napp = flask.Flask(__name__)\napp.run(host='0.0.0.0', port=1)\n",
+        "quiet": "import logging.config\n\nlogging.config.dictConfig({'version': 1, 'root': {'level': 'WARNING'}})\n"
+        "from app import app\n",
+    }
+    for name, text in modules.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["app:Group.inner", "package:create_app()", "package.inner:create_app()", "quiet:app"])
+def test_application_by_name(folder: pathlib.Path, name: str) -> None:
+    """APP names the application, with dots or by a factory; one that sets up logging does not silence the server."""
+    with Server(folder, APP=name) as running:
+        assert get(running.listening()[0] + "/here") == (200, "/here")
+
+
+FORM = "takes module:attribute such as app:app, or module:factory()"
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        *[(name, FORM) for name in ("", "app", ":app", "app:", "app:create_app(1)", "app:create_app()()", "()")],
+        ("nowhere:app", "No module named 'nowhere'"),
+        ("app:nothing", "has no attribute 'nothing'"),
+        ("app:text", "is of type str, not a WSGI application"),
+        ("app:app()", "TypeError: app() missing 2 required positional arguments"),
+        ("app:create_nothing()", "is of type NoneType, not a WSGI application"),
+        ("../app:app", "ValueError"),
+        ("needs:app", "No module named 'not_installed'"),
+        ("broken:app", "KeyError: 'NOT_SET'"),
+        ("broken:app", "broken.py, line 4)"),
+        ("typo:app", "SyntaxError"),
+        ("uses:app", "uses.py, line 6)"),  # and not the library's line
+        ("leaves:app", "SystemExit: DATABASE is not set"),
+        ("lines:app", "ValueError: one two"),
+    ],
+)
+def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> None:
+    """An APP that is none ends the start with exit code 2 and one line that says what is wrong with it."""
+    with Server(folder, APP=name) as running:
+        assert running.ended() == 2
+        errors = running.log.read_text()
+    assert errors.startswith(f"serve: APP={name!r}: ")
+    assert problem in errors
+    assert errors.count("\n") == 1
+
+
+def test_an_app_run_left_in_the_module(folder: pathlib.Path) -> None:
+    """Flask's development server does not start in place of ours, whatever the module calls."""
+    with Server(folder, APP="runs:app") as running:
+        assert statuses(running.exchange()) == [404]
