@@ -31,7 +31,7 @@ def is_name(name: str) -> bool:
     The rule's five kinds are Unicode's general categories that begin with C: Cc, Cf (the bidirectional overrides that
     turn text around are among them), Cs, Co, Cn.
     """
-    return 1 <= len(name) <= 100 and not any(unicodedata.category(character).startswith("C") for character in name)
+    return len(name) <= 100 and not any(unicodedata.category(character).startswith("C") for character in name)
 
 
 def path_is_utf8() -> bool:
@@ -73,10 +73,10 @@ def health() -> Response:
 @app.errorhandler(HTTPException)
 def one_line(error: HTTPException) -> Response:
     """Answer an error, a crash of a view (500) included, in one line of text; headers such as Allow stay."""
-    answer = text(f"{error.code} {error.name}: {error.description}")
-    answer.status_code = error.code
-    answer.headers.extend((name, value) for name, value in error.get_headers() if name != "Content-Type")
-    return answer
+    response = error.get_response()
+    response.mimetype = "text/plain"
+    response.data = f"{error.code} {error.name}: {error.description}\n"
+    return response
 
 
 @app.after_request
