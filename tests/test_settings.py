@@ -31,12 +31,22 @@ text = "not callable"
 
 
 def test_defaults() -> None:
-    """With nothing set, the settings are those that README names, waitress's own ones fit for a small container."""
+    """With nothing set, the settings are those that README.md and docs/production.md name."""
     settings = read_settings({"PATH": "/bin"})
     assert settings[:6] == ("app:app", 10, 0, 8, True, "INFO")
     assert (settings.waitress.host, settings.waitress.port, settings.unknown) == ("*", 5000, [])
-    assert (settings.waitress.ident, settings.waitress.threads, settings.waitress.connection_limit) == (None, 4, 2000)
-    assert (settings.waitress.max_request_body_size, settings.waitress.max_request_header_size) == (2**20, 2**14)
+    documented = {
+        "ident": None,
+        "connection_limit": 2000,
+        "backlog": 4096,
+        "max_request_header_size": 16 * 1024,
+        "max_request_body_size": 1024 * 1024,
+        "inbuf_overflow": 32 * 1024,
+        "outbuf_overflow": 32 * 1024,
+        "outbuf_high_watermark": 1024 * 1024,
+        "channel_request_lookahead": 1,
+    }
+    assert {name: getattr(settings.waitress, name) for name in documented} == documented
 
 
 @pytest.mark.parametrize(
