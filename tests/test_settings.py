@@ -97,6 +97,7 @@ TAKES = {
     "LOG_LEVEL": ("takes DEBUG, INFO, WARNING, ERROR or CRITICAL", ["", "LOUD"]),
     "WAITRESS_THREADS": (WHOLE.format(1), ["", "0", "-1", "4.0", "1_0", "9" * 13]),
     "WAITRESS_CHANNEL_TIMEOUT": (WHOLE.format(1), ["2min"]),
+    "WAITRESS_BACKLOG": (WHOLE.format(1), ["0"]),
     "WAITRESS_CHANNEL_REQUEST_LOOKAHEAD": (WHOLE.format(0), ["-1"]),
     "WAITRESS_EXPOSE_TRACEBACKS": ("takes true or false", ["", "ture"]),
     "WAITRESS_IDENT": ("takes printable ASCII", ["a\nb", "李"]),
