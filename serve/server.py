@@ -21,6 +21,7 @@ from serve.settings import Settings
 
 CHECK = 0.25  # seconds between two checks of all timeouts
 CHECK_CLOSING = 0.05  # the same, while somebody waits for the end
+PAUSED = 1.0  # a check that is later than this: the process was stopped
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # for one more open file
 # Without it, the system buffers megabytes for each client that does not read: memory that nothing here limits.
 SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2**17)] if hasattr(socket, "TCP_NOTSENT_LOWAT") else []
@@ -134,10 +135,12 @@ class Server:
 
     def check(self, now: float) -> None:
         """Apply the timeouts; report requests if some waited for a thread at the last check, and do now."""
-        self.checked = now
+        late, self.checked = now - self.checked - CHECK, now
         if self.access_log:
             self.access_log.report()
         for channel in list(self.channels):
+            if late > PAUSED:  # by `docker pause`, or on a starved machine: it was not the client who was slow
+                channel.since = min(now, channel.since + late)
             channel.check(now)
         if self.full and len(self.channels) < self.adj.connection_limit:
             self.resume_accepting()

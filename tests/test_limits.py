@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import select
+import signal
 import socket
 import struct
 import threading
@@ -469,3 +470,18 @@ def test_no_wait_for_the_next_look(start: Callable) -> None:
         for _ in range(40):
             running.exchange(LAST)
         assert time.monotonic() - began < 40 * 0.1
+
+
+def test_paused(start: Callable) -> None:
+    """While the process is stopped, as by `docker pause`, it is not the clients who are slow."""
+    post = LAST.replace(b"GET", b"POST")[:-2] + b"Content-Length: 2000\r\n\r\n"
+    with start(READ_TIMEOUT="0.5") as running, running.connect() as header, running.connect() as body:
+        header.sendall(LAST[:20])
+        body.sendall(post + bytes(20))
+        assert statuses(running.exchange(LAST)) == [200]  # by now both have arrived
+        running.process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        running.process.send_signal(signal.SIGCONT)
+        header.sendall(LAST[20:])
+        body.sendall(bytes(1980))
+        assert statuses(rest(header)) == statuses(rest(body)) == [200]
