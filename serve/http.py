@@ -157,8 +157,6 @@ def check_framing(head: bytes) -> Error | None:
     codings = [coding for part in b",".join(lines).split(b",") if (coding := part.strip(b" \t").lower())]
     if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
         return refusal("chunked must be the last transfer coding, and occur once")
-    if len(codings) > 1:
-        return refusal("the only transfer coding known here is chunked", 501, "Not Implemented")
     if b"content-length" in names or head.partition(b"\r\n")[0].endswith(b"1.0"):
         return refusal("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
     return None
