@@ -1,19 +1,25 @@
 """healthcheck.py against real servers: those that answer, answer badly, or do not."""
 
 import io
-import pathlib
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
 
-from tests.support import ROOT, Server
+import healthcheck
+from tests.support import ROOT
+
+APPLICATION = """
+def app(environ, start_response):
+    start_response("200 OK" if environ["PATH_INFO"] == "/health" else "404 Not Found", [])
+    return []
+"""
 
 
 def probe(*options: str, **environ: str) -> subprocess.CompletedProcess:
@@ -23,7 +29,7 @@ def probe(*options: str, **environ: str) -> subprocess.CompletedProcess:
 
 
 @contextmanager
-def answering(*pieces: bytes, pause: float = 0) -> Iterator[str]:
+def answering(*pieces: bytes, host: str = "127.0.0.1", pause: float = 0) -> Iterator[str]:
     """Answer the first client piece by piece, with a `pause` in seconds after each; yield the port."""
 
     def serve() -> None:
@@ -34,7 +40,8 @@ def answering(*pieces: bytes, pause: float = 0) -> Iterator[str]:
                 connection.sendall(piece)
                 time.sleep(pause)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield str(listener.getsockname()[1])
@@ -47,7 +54,7 @@ def answering(*pieces: bytes, pause: float = 0) -> Iterator[str]:
         pytest.param(0, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", id="healthy"),
         pytest.param(0, b"HTTP/1.0 200 OK\r\n\r\n", id="healthy in HTTP/1.0"),
         pytest.param(0, b"HTTP/1.1 200 \r\n\r\n", id="healthy without a reason"),
-        pytest.param(1, b"HTTP/1.1 204 No Content\r\n\r\n", id="another success"),
+        pytest.param(1, b"HTTP/1.0 204 No Content\r\n\r\n", id="another success"),
         pytest.param(1, b"HTTP/1.1 301 Moved Permanently\r\nLocation: /\r\n\r\n", id="redirect"),
         pytest.param(1, b"HTTP/1.1 503 Service Unavailable\r\n\r\n", id="draining"),
         pytest.param(1, b"HTTP/1.1 2000 OK\r\n\r\n", id="not a status"),
@@ -67,48 +74,52 @@ def test_answer(code: int, answer: bytes) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
-@pytest.mark.parametrize("piece", [b"H", b""], ids=["trickle", "silence"])
-def test_timeout(piece: bytes) -> None:
-    """A server that sends no whole line in time is unhealthy, whether it sends a byte now and then or nothing."""
-    with answering(*[piece] * 12, pause=0.25) as port:
+def test_timeout() -> None:
+    """A server that sends no whole line in 2 s is unhealthy, also if it sends a byte now and then."""
+    with answering(*[b"H"] * 40, pause=0.25) as port:
         done = probe(PORT=port)
     assert (done.returncode, done.stdout, done.stderr) == (1, "unhealthy: timed out\n", "")
 
 
-def test_refused() -> None:
-    """Where nobody listens it is unhealthy; somebody on another address than the one in BIND does not count."""
+@pytest.mark.parametrize("port", ["", "-1", "nonsense", None])
+def test_no_connection(port: str | None) -> None:
+    """A PORT that is none is unhealthy, in one line, as is a server on another address than the one in BIND."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-        elsewhere = probe(BIND="::1", PORT=port)
-    for done in (elsewhere, probe(PORT=port)):
-        assert (done.returncode, done.stderr) == (1, "")
-        assert "refused" in done.stdout
-
-
-@pytest.mark.parametrize("port", ["", "-1", "nonsense"])
-def test_wrong_port(port: str) -> None:
-    """A PORT that is no port is unhealthy, in one line."""
-    done = probe(PORT=port)
+        done = probe(BIND="::1", PORT=str(listener.getsockname()[1]) if port is None else port)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.fullmatch("unhealthy: .+\n", done.stdout)
 
 
-@pytest.mark.parametrize("bind", ["*", "0.0.0.0", "127.0.0.1", "::", "::1", "[::1]", "localhost"])
-def test_follows_the_server(tmp_path: pathlib.Path, bind: str) -> None:
-    """By the same variables as serve the probe finds it: healthy while it runs, unhealthy when it is gone."""
-    (tmp_path / "app.py").write_text(
-        "def app(environ, start_response):\n"
-        "    ok = environ['PATH_INFO'] == '/health'\n"
-        "    start_response('200 OK' if ok else '404 Not Found', [])\n"
-        "    return []\n"
-    )
-    with Server(tmp_path, BIND=bind, PORT="0") as running:
-        port = running.listening()[0].rpartition(":")[2]
+@pytest.mark.parametrize(
+    ("bind", "host"),
+    [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), *[(bind, "::1") for bind in ("*", "::", "::1", "[::1]")]],
+)
+def test_where_it_asks(bind: str, host: str) -> None:
+    """It asks where BIND says that the server listens; if that is every address, at ::1 too."""
+    with answering(b"HTTP/1.1 200 OK\r\n\r\n", host=host) as port:
         assert probe(BIND=bind, PORT=port).returncode == 0
-        assert probe(PORT=port).returncode == 0  # by 127.0.0.1, else ::1
-        running.stop()
-        running.ended()
-        assert probe(BIND=bind, PORT=port).returncode == 1
+
+
+@pytest.mark.parametrize("bind", [None, "*", "0.0.0.0", "::"])
+def test_asks_this_machine_at_port_5000(monkeypatch: pytest.MonkeyPatch, bind: str | None) -> None:
+    """Without PORT it asks at 5000; without BIND, or if that is every address, at 127.0.0.1 first."""
+    monkeypatch.delenv("PORT", raising=False)
+    monkeypatch.delenv("BIND", raising=False)
+    if bind:
+        monkeypatch.setenv("BIND", bind)
+    monkeypatch.setattr(socket, "create_connection", lambda address: address)
+    assert healthcheck.connect() == (b"127.0.0.1", "5000")
+
+
+def test_follows_the_server(start: Callable) -> None:
+    """A server is healthy while it runs, and unhealthy when it is gone."""
+    with start() as running:
+        port = str(running.address()[1])
+        assert probe(PORT=port).returncode == 0
+        running.end()
+        done = probe(PORT=port)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert "refused" in done.stdout
 
 
 def test_light() -> None:
