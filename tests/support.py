@@ -55,13 +55,6 @@ def run(*command: object, check: bool = True, **options: object) -> subprocess.C
     return done
 
 
-def program(name: str) -> str:
-    """Return where a program is that the tests use if it is there; in CI it has to be."""
-    if not (found := shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed")
-    return found
-
-
 def free_port(host: str) -> int:
     """Return a port on which nobody listens."""
     with socket.create_server((host, 0)) as listener:
