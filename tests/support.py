@@ -18,8 +18,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parent.parent
 
 # Requests for a target; after the second, the connection is closed.
