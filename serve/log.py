@@ -124,7 +124,7 @@ class JSONFormatter(logging.Formatter):
             entry["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             entry["stack"] = record.stack_info
-        return json.dumps(entry).replace("\x7f", "\\u007f")
+        return json.dumps(entry)
 
 
 class ErrorStream(io.TextIOBase):
@@ -166,8 +166,8 @@ def log_after_all(handler: logging.Handler, level: str) -> None:
 
 
 def quoted(text: str | None) -> str:
-    """Return a text as JSON. Delete is escaped too: it is the one control character that JSON leaves to a terminal."""
-    return "null" if text is None else encode_basestring_ascii(text).replace("\x7f", "\\u007f")
+    """Return a text as JSON, in printable ASCII."""
+    return "null" if text is None else encode_basestring_ascii(text)
 
 
 def timestamp(when: float) -> str:

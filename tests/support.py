@@ -85,6 +85,11 @@ def statuses(answers: bytes) -> list[int]:
     return [int(code) for code in re.findall(rb"HTTP/1\.[01] ([0-9]{3}) ", answers)]
 
 
+def request_id(response: bytes) -> str:
+    """Return the id that a response says its request has."""
+    return re.search(rb"\r\nX-Request-ID: (.*)\r\n", response)[1].decode()
+
+
 def answer(connection: socket.socket) -> bytes:
     """Return one answer, whose body is as long as its Content-Length says."""
     received = b""
@@ -217,15 +222,20 @@ class Server:
         assert len(entries) == count
         return [json.loads(line) for line in entries]
 
-    def entry(self, request_id: str) -> dict:
-        """Return the entry of the access log with this request id, once it is there."""
+    def entries(self, identity: str, count: int = 1, log: pathlib.Path | None = None) -> list[dict]:
+        """Return what the access log, or another, has of the request with an id, once there are so many entries.
 
-        def found() -> list[dict]:
-            lines = self.access_log.read_text().splitlines(keepends=True)
-            return [json.loads(line) for line in lines if f'"{request_id}"' in line and line.endswith("\n")]
+        Fail if any line there is not one object of printable ASCII.
+        """
 
-        [entry] = wait_until(found, 10, f"{request_id} in the access log")
-        return entry
+        def found() -> list[dict] | None:
+            lines = (log or self.access_log).read_bytes().rpartition(b"\n")[0].split(b"\n")
+            assert all(re.fullmatch(rb"[ -~]*", line) for line in lines)
+            entries = [json.loads(line) for line in lines if line]
+            found = [entry for entry in entries if entry.get("request_id") == identity]
+            return found if len(found) >= count else None
+
+        return wait_until(found, 10, f"{count} entries of {identity}")
 
     def listening(self, addresses: int = 1) -> list[str]:
         """Return the URLs that it says it serves on, as soon as it has said so many."""

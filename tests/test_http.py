@@ -18,7 +18,7 @@ from contextlib import suppress
 import pytest
 from waitress import buffers, parser, proxy_headers, receiver, task, utilities
 
-from tests.support import GET, LAST, ROOT, Server, rest, run, statuses, wait_until
+from tests.support import GET, LAST, ROOT, Server, request_id, rest, run, statuses, wait_until
 
 # Applications by their path. Those of the first table fail before they have sent anything.
 FAILING = {
@@ -386,9 +386,9 @@ def test_nothing_sent_yet(running: Server, what: str) -> None:
     assert body == b"500 Internal Server Error: The server encountered an unexpected internal server error\n"
     assert b"x-mine" not in header.lower()
     assert statuses(running.exchange()) == [200]
-    failed = running.entry(re.search(rb"(?i)x-request-id: (\w+)", header)[1].decode())
+    [failed] = running.entries(request_id(answered))
     assert (failed["path"], failed["status"], failed["bytes"]) == (f"/{what}", 500, len(body))
-    [logged] = [entry for entry in running.logged() if entry.get("request_id") == failed["request_id"]]
+    [logged] = running.entries(request_id(answered), log=running.log)
     assert logged["message"] == f"Exception while serving /{what}"
     assert "app.py" in logged["exception"] or "waitress" in logged["exception"]
 
@@ -403,8 +403,7 @@ def test_after_the_first_byte(running: Server, what: str, body: bytes) -> None:
     assert statuses(answered) == [200]
     assert answered.partition(b"\r\n\r\n")[2] == body
     assert statuses(running.exchange()) == [200]
-    name = re.search(rb"(?i)x-request-id: (\w+)", answered)[1].decode()
-    assert len([entry for entry in running.logged() if entry.get("request_id") == name]) == 1
+    assert len(running.entries(request_id(answered), log=running.log)) == 1
 
 
 def test_more_than_promised(running: Server) -> None:
@@ -496,9 +495,8 @@ app = Flask(__name__)
 
 @app.route("/where", methods=["GET", "POST"])
 def where():
-    names = ["X-Forwarded-For", "X-Request-ID"]
-    told = [request.remote_addr, request.url, url_for("where", _external=True), *map(request.headers.get, names)]
-    return json.dumps(told)
+    link = url_for("where", _external=True)
+    return json.dumps([request.remote_addr, request.url, link, request.headers.get("X-Forwarded-For")])
 """
 PROXY = "127.0.0.2"  # it connects from another address than other clients
 TRUST = {
@@ -515,8 +513,8 @@ def told(running: Server, *headers: bytes, path: bytes = b"/shop/where", source:
         connection.sendall(get(b"Connection: close", *headers, line=b"GET " + path + b" HTTP/1.1"))
         answered = rest(connection)
     assert statuses(answered) == [200]
-    *facts, request_id = json.loads(answered.partition(b"\r\n\r\n")[2])
-    return [*facts, running.entry(request_id)["remote_addr"]]
+    facts = json.loads(answered.partition(b"\r\n\r\n")[2])
+    return [*facts, running.entries(request_id(answered))[0]["remote_addr"]]
 
 
 def test_behind_a_proxy(start: Callable) -> None:
