@@ -5,10 +5,12 @@ import pathlib
 import re
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 
 import pytest
 
-from tests.support import ROOT, Project, Server, run
+from tests.support import ROOT, Project, Server, run, until_health
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,17 +75,16 @@ def target(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def images(base: str) -> Iterator[Callable[[str], str]]:
     """A function that returns the image that `docker build --target TARGET .` gives; each is built once."""
-    built = {}
+    with ExitStack() as stack:
 
-    def build(target: str) -> str:
-        if target not in built:
-            built[target] = f"flask-helloworld-test:{uuid.uuid4().hex[:12]}"
-            options = ["--build-arg", f"PYTHON_IMAGE={base}", "--target", target, "--tag", built[target]]
-            run("docker", "build", *options, ROOT)
-        return built[target]
+        @cache
+        def build(target: str) -> str:
+            name = f"flask-helloworld-test:{uuid.uuid4().hex[:12]}"
+            run("docker", "build", "--build-arg", f"PYTHON_IMAGE={base}", "--target", target, "--tag", name, ROOT)
+            stack.callback(run, "docker", "image", "rm", "--force", name)
+            return name
 
-    yield build
-    run("docker", "image", "rm", "--force", *built.values())
+        yield build
 
 
 @pytest.fixture
@@ -92,18 +93,41 @@ def image(images: Callable[[str], str], target: str) -> str:
     return images(target)
 
 
+@pytest.fixture(scope="session")
+def services(images: Callable[[str], str]) -> Iterator[Callable[[str], str]]:
+    """A function that returns a container with the service, of the image of a target, without network.
+
+    Each is started once, for tests that leave it as it is.
+    """
+    with ExitStack() as stack:
+
+        @cache
+        def start(target: str) -> str:
+            name = run("docker", "run", "--detach", "--network", "none", images(target)).stdout.strip()
+            stack.callback(run, "docker", "rm", "--force", name)
+            until_health(name)
+            return name
+
+        yield start
+
+
 @pytest.fixture
-def container(engine: None) -> Iterator[Callable]:
+def service(services: Callable[[str], str], target: str) -> str:
+    """That container of a target."""
+    return services(target)
+
+
+@pytest.fixture
+def container(engine: None) -> Iterator[Callable[..., str]]:
     """A function that starts a container (options, image, command) and returns its id; it goes when the test ends."""
-    started = []
+    with ExitStack() as stack:
 
-    def start(*arguments: object) -> str:
-        started.append(run("docker", "run", "--detach", *arguments).stdout.strip())
-        return started[-1]
+        def start(*arguments: object) -> str:
+            name = run("docker", "run", "--detach", *arguments).stdout.strip()
+            stack.callback(run, "docker", "rm", "--force", name)
+            return name
 
-    yield start
-    for name in started:
-        run("docker", "rm", "--force", "--volumes", name)
+        yield start
 
 
 @pytest.fixture
@@ -116,5 +140,5 @@ def copy(tmp_path: pathlib.Path) -> Project:
 def project(base: str, copy: Project) -> Iterator[Project]:
     """A copy of the project whose containers, networks and images go when the test ends."""
     copy.environ["PYTHON_IMAGE"] = base
-    yield copy
-    copy.compose("--profile", "*", "down", "--rmi", "all", "--volumes", "--timeout", "1")
+    with copy:
+        yield copy

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -68,10 +69,10 @@ def listens(address: tuple[str, int]) -> bool:
     return True
 
 
-def edit(path: pathlib.Path, pattern: str, replacement: str) -> None:
-    """Change the first place in a file where a pattern matches."""
-    text, count = re.subn(pattern, replacement, path.read_text(), count=1, flags=re.MULTILINE)
-    assert count
+def edit(path: pathlib.Path, pattern: str, replacement: str, count: int = 1) -> None:
+    """Change the first places in a file where a pattern matches, so many of them; 0 is all."""
+    text, found = re.subn(pattern, replacement, path.read_text(), count=count, flags=re.MULTILINE)
+    assert found
     path.write_text(text)
 
 
@@ -281,10 +282,29 @@ class Server:
         assert self.ended() == 0
 
 
-class Project:
-    """A copy of the project in a folder of its own, whose images, containers and networks no other run has."""
+def inspect(name: str, field: str) -> object:
+    """Return a field of what the engine knows of a container or an image."""
+    return json.loads(run("docker", "inspect", "--format", f"{{{{json {field}}}}}", name).stdout)
 
-    def __init__(self, folder: pathlib.Path) -> None:
+
+def until_health(container: str, status: str = "healthy") -> None:
+    """Wait until the engine finds a container healthy, or unhealthy."""
+    wait_until(lambda: inspect(container, ".State.Health.Status") == status, 60, f"{container} to be {status}")
+
+
+def python(container: str, code: str, *options: str) -> str:
+    """Run Python code in a container that is running; return what it prints."""
+    return run("docker", "exec", *options, container, "python", "-c", textwrap.dedent(code)).stdout.strip()
+
+
+class Project:
+    """A copy of the project in a folder of its own, whose images, containers and networks no other run has.
+
+    Those go when the `with` block ends.
+    """
+
+    def __init__(self, folder: pathlib.Path, **environ: str) -> None:
+        """Copy the project to `folder`; commands in it get `environ`."""
         self.folder = folder
         self.name = name = f"flask-helloworld-test-{uuid.uuid4().hex[:8]}"
         left_out = shutil.ignore_patterns(".git", ".venv*", ".env", ".serve.*", "__pycache__", ".*_cache", "wheels")
@@ -304,6 +324,15 @@ class Project:
         makes = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "REQUIRE_DOCKER")
         for variable in (*makes, "APP_DIR", "PIP_CONF"):
             self.environ.pop(variable, None)
+        self.environ |= environ
+
+    def __enter__(self) -> "Project":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what was built and started."""
+        self.compose("--profile", "*", "down", "--rmi", "all", "--volumes", "--timeout", "1")
 
     def run(self, *command: object, **options: object) -> subprocess.CompletedProcess:
         """Run a command in this copy."""
@@ -320,6 +349,20 @@ class Project:
         for name, text in files.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).write_text(text)
+
+    def append(self, name: str, text: str) -> None:
+        """Add a text to the end of a file."""
+        with (self.folder / name).open("a") as file:
+            file.write(text)
+
+    def make_private(self) -> None:
+        """Let only the owner read what is there, as in a clone that was made under umask 077.
+
+        But not what the build's root alone reads: it would run again all steps that mount it.
+        """
+        for path in [self.folder, *self.folder.rglob("*")]:
+            if not path.match("requirements*.txt") and not path.match("docker/*"):
+                path.chmod(path.stat().st_mode & 0o700)
 
     def name_files(self, *names: str, at: str | None = None) -> None:
         """Name files and folders of an application in the Dockerfile, as its comment says."""

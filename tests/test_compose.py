@@ -1,66 +1,100 @@
-"""docker compose with a copy of the project: up, what it may do, down; the tests inside of the image."""
+"""docker compose with a copy of the project: up, what its container may do, down; the tests inside; `make dev`."""
 
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from http.client import HTTPException
 
 import pytest
 
-from tests.support import Project, edit, free_port, get, many_files, run
+from tests.support import ROOT, Project, edit, free_port, get, inspect, many_files, python, wait_until
+
+if not (ROOT / "compose.yaml").exists():
+    pytest.skip("the image has no compose.yaml", allow_module_level=True)
 
 
-def container_of(project: Project) -> dict:
-    """Return what the engine says of the container that runs web."""
-    [facts] = json.loads(run("docker", "inspect", project.compose("ps", "--quiet", "web").stdout.strip()).stdout)
-    return facts
+def container_of(project: Project, service: str = "web") -> str:
+    """Return the id of the container that runs a service; empty if there is none."""
+    return project.compose("ps", "--quiet", service, check=False).stdout.strip()
 
 
-@pytest.mark.parametrize("kind", ["runtime", "minimal"])
-def test_up_serves_and_down_removes(project: Project, kind: str) -> None:
-    """`up --wait` waits until it is healthy, on 127.0.0.1 alone; `stop` kills nothing, `down` leaves nothing."""
-    project.environ["TARGET"] = kind
-    project.compose("up", "--build", "--wait")
-    url = project.url()
-    assert url.startswith("http://127.0.0.1:")
-    assert get(url + "/health")[0] == 200
-    shell = project.compose("exec", "web", "sh", "-c", "true", check=False).returncode == 0
-    assert shell == (kind == "runtime")
+# ---- The service -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def up(base: str, target: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A copy of the project whose service is up, for tests that leave it as it is."""
+    with Project(tmp_path_factory.mktemp("up") / "project", PYTHON_IMAGE=base, TARGET=target) as project:
+        project.compose("up", "--build", "--wait")
+        yield project
+
+
+def test_up_serves(up: Project) -> None:
+    """After `up --wait` it serves: on 127.0.0.1 alone, and other containers by the name of the service."""
+    assert up.url().startswith("http://127.0.0.1:")
+    assert get(up.url() + "/health")[0] == 200
     code = "import urllib.request; print(urllib.request.urlopen('http://web:5000/health').status)"
-    assert project.compose("run", "--rm", "--no-TTY", "web", "python", "-c", code).stdout == "200\n"
-    name = container_of(project)["Id"]
-    project.compose("stop")
-    assert run("docker", "inspect", "--format", "{{.State.ExitCode}}", name).stdout == "0\n"
-    project.compose("down")
-    assert project.compose("ps", "--all", "--quiet").stdout == ""
+    assert up.compose("run", "--rm", "--no-TTY", "web", "python", "-c", code).stdout == "200\n"
 
 
-def test_what_the_container_may_not_do(project: Project) -> None:
-    """It is read-only but for /tmp, has no capabilities and cannot get any; memory, CPU and processes are bounded."""
-    project.compose("up", "--build", "--wait")
-    facts = container_of(project)
-    host = facts["HostConfig"]
-    assert host["ReadonlyRootfs"] is True
-    assert host["Tmpfs"] == {"/tmp": "size=64m"}
-    assert host["CapDrop"] == ["ALL"]
-    assert host["SecurityOpt"] == ["no-new-privileges:true"]
-    assert host["Memory"] == 256 * 1024 * 1024
-    assert host["NanoCpus"] == 1_000_000_000
-    assert host["PidsLimit"] == 100
-    assert host["RestartPolicy"]["Name"] == "unless-stopped"
-    assert facts["Config"]["StopTimeout"] > 10
-    process = project.compose("exec", "web", "python", "-c", "print(open('/proc/1/status').read())").stdout
-    assert "CapEff:\t0000000000000000" in process
-    assert "NoNewPrivs:\t1" in process
+def test_what_the_container_may_not_do(up: Project, target: str) -> None:
+    """It can write to /tmp alone, has no capabilities and cannot get any; memory, CPU and processes are bounded."""
+    name = container_of(up)
+    host = inspect(name, ".HostConfig")
+    assert (host["ReadonlyRootfs"], host["Tmpfs"], host["CapDrop"]) == (True, {"/tmp": "size=64m"}, ["ALL"])
+    assert (host["Memory"], host["NanoCpus"], host["PidsLimit"]) == (256 * 1024 * 1024, 1_000_000_000, 100)
+    assert (host["SecurityOpt"], host["RestartPolicy"]["Name"]) == (["no-new-privileges:true"], "unless-stopped")
+    assert inspect(name, ".Config.StopTimeout") > 10
+    code = """
+        import os, shutil
+        for top, folders, files in os.walk("/"):
+            folders[:] = [f for f in folders if os.path.join(top, f) not in ("/proc", "/sys", "/dev")]
+            for path in [top, *(os.path.join(top, f) for f in files)]:
+                if os.access(path, os.W_OK) and not os.path.islink(path):
+                    print(path)
+        print([line for line in open("/proc/1/status") if line.startswith(("CapEff", "NoNewPrivs"))])
+        print(bool(shutil.which("sh")))
+        """
+    writable, process, shell = python(name, code).splitlines()
+    assert writable == "/tmp"
+    assert process == r"['CapEff:\t0000000000000000\n', 'NoNewPrivs:\t1\n']"
+    assert shell == str(target == "runtime")
 
 
-def test_published_where_asked(project: Project) -> None:
-    """BIND and PORT, from the environment or from .env, say where it is published."""
+@pytest.mark.parametrize("target", ["runtime"], indirect=True)
+@pytest.mark.parametrize(("clients", "size"), [(700, 500_000), (1900, 32_000)])
+def test_many_unfinished_uploads(up: Project, clients: int, size: int) -> None:
+    """Clients that stop in the middle of their uploads, many or large, neither get it killed nor keep others out."""
+    name = container_of(up)
+    [network] = inspect(name, ".NetworkSettings.Networks").values()
+    half = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n".encode() + bytes(size - 1)
+    with many_files(), ExitStack() as stack:
+        for _ in range(clients):
+            client = stack.enter_context(socket.create_connection((network["IPAddress"], 5000), 20))
+            with suppress(OSError):  # some are refused, for lack of room
+                client.sendall(half)
+        assert get(up.url() + "/health")[0] == 200
+    assert (inspect(name, ".State.OOMKilled"), inspect(name, ".RestartCount")) == (False, 0)
+
+
+def test_env_says_where_and_down_removes(project: Project) -> None:
+    """BIND and PORT of .env say where it is published; `stop` lets it end by itself, `down` leaves nothing."""
     port = free_port("127.0.0.2")
     del project.environ["BIND"], project.environ["PORT"]
-    (project.folder / ".env").write_text(f"BIND=127.0.0.2\nPORT={port}\n")
+    project.write({".env": f"BIND=127.0.0.2\nPORT={port}\n"})
     project.compose("up", "--build", "--wait")
     assert project.url() == f"http://127.0.0.2:{port}"
     assert get(project.url() + "/health")[0] == 200
+    name = container_of(project)
+    project.compose("stop")
+    assert inspect(name, ".State.ExitCode") == 0
+    project.compose("down")
+    assert project.compose("ps", "--all", "--quiet").stdout == ""
 
 
 def test_defaults(copy: Project, engine: None) -> None:
@@ -68,10 +102,8 @@ def test_defaults(copy: Project, engine: None) -> None:
     for variable in ("BIND", "PORT", "PYTHON_IMAGE", "COMPOSE_FILE", "TARGET"):
         copy.environ.pop(variable, None)
     web = json.loads(copy.compose("config", "--format", "json").stdout)["services"]["web"]
-    assert web["image"] == "flask-helloworld"
+    assert (web["image"], web["build"]["target"], web["build"].get("args")) == ("flask-helloworld", "runtime", None)
     assert (web["ports"][0]["host_ip"], web["ports"][0]["published"]) == ("127.0.0.1", "5000")
-    assert not web["build"].get("args")
-    assert web["build"]["target"] == "runtime"
 
 
 def test_dev_and_test_are_kept_apart(copy: Project, engine: None) -> None:
@@ -82,40 +114,106 @@ def test_dev_and_test_are_kept_apart(copy: Project, engine: None) -> None:
     services = json.loads(config)["services"]
     published = {name: [port["host_ip"] for port in service.get("ports", [])] for name, service in services.items()}
     assert published == {"web": ["0.0.0.0"], "dev": ["127.0.0.1"], "test": []}
-    mounted = {name: [volume["target"] for volume in services[name].get("volumes", [])] for name in services}
-    assert mounted == {"web": ["/data"], "dev": ["/src"], "test": []}
+    volumes = {
+        name: [(v["target"], v.get("read_only")) for v in services[name].get("volumes", [])] for name in services
+    }
+    assert volumes == {"web": [("/data", None)], "dev": [("/src", True)], "test": []}
+    assert [services[name]["restart"] for name in ("web", "dev", "test")] == ["unless-stopped", "no", "no"]
+    assert all(service["read_only"] for service in services.values())
 
 
-def test_any_user(project: Project) -> None:
-    """It serves as whatever user a platform gives it."""
-    (project.folder / "user.yaml").write_text("services: {web: {user: '12345:0'}}")
-    project.environ["COMPOSE_FILE"] += ":user.yaml"
-    project.compose("up", "--build", "--wait")
-    assert get(project.url() + "/health")[0] == 200
-    who = "import os; print(os.getuid(), os.getgid(), sep=':')"
-    assert project.compose("exec", "--no-TTY", "web", "python", "-c", who).stdout == "12345:0\n"
-
-
+@pytest.mark.slow
 def test_the_tests_pass_inside_of_the_image(project: Project) -> None:
     """The profile `test` runs, in the image's own Python, every test that needs no engine, from a private clone too."""
-    for path in project.folder.rglob("*"):
-        path.chmod(path.stat().st_mode & 0o700)
+    project.make_private()
     done = project.compose("run", "--build", "--rm", "--no-TTY", "test")
     assert " passed" in done.stdout
     assert " failed" not in done.stdout
 
 
-@pytest.mark.parametrize(("clients", "size"), [(700, 500_000), (1900, 32_000)])
-def test_many_unfinished_uploads(project: Project, clients: int, size: int) -> None:
-    """Clients that stop in the middle of their uploads, many or large, neither get it killed nor keep others out."""
-    project.compose("up", "--build", "--wait")
-    [network] = container_of(project)["NetworkSettings"]["Networks"].values()
-    half = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n".encode() + bytes(size - 1)
-    with many_files(), ExitStack() as stack:
-        for _ in range(clients):
-            client = stack.enter_context(socket.create_connection((network["IPAddress"], 5000), 20))
-            with suppress(OSError):  # some are refused, for lack of room
-                client.sendall(half)
-        assert get(project.url() + "/health")[0] == 200
-    facts = container_of(project)
-    assert (facts["State"]["OOMKilled"], facts["RestartCount"]) == (False, 0)
+# ---- make dev --------------------------------------------------------------------------------------------------------
+
+APP = """
+from flask import Flask, render_template
+
+app = Flask(__name__)
+
+
+@app.get("/")
+def hello():
+    return render_template("hello.html", greeting="hello")
+"""
+
+
+class Dev:
+    """`make dev` in a copy of the project, in the foreground of a terminal of its own."""
+
+    def __init__(self, project: Project) -> None:
+        """Start it; its output goes to a file."""
+        self.project, self.log = project, project.folder / "dev.log"
+        project.environ["PORT"] = str(free_port("127.0.0.1"))
+        options = {"cwd": project.folder, "env": project.environ, "start_new_session": True}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["make", "dev"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
+            )
+
+    def until(self, text: str, status: int = 200) -> None:
+        """Wait until `/` is answered with a status and a text in it."""
+
+        def answers() -> bool:
+            with suppress(OSError, HTTPException):  # nothing listens yet, or for a moment nothing
+                answered, body = get(f"http://127.0.0.1:{self.project.environ['PORT']}/")
+                return answered == status and text in body
+            return False
+
+        wait_until(answers, 120, repr(text))
+
+    def interrupt(self) -> None:
+        """Do what Ctrl-C does."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGINT)
+        self.process.wait(60)
+
+
+@pytest.fixture
+def dev(project: Project) -> Iterator[Dev]:
+    """`make dev` with an application that has a template, in a folder that is readable for its owner alone."""
+    project.write({"app.py": APP, "templates/hello.html": "one {{ greeting }}"})
+    project.make_private()
+    running = Dev(project)
+    try:
+        running.until("one hello")
+        yield running
+    finally:
+        running.interrupt()
+        print(running.log.read_text())
+
+
+def test_dev_serves_what_you_edit(dev: Dev) -> None:
+    """Code, a template, a new module, the mending of a syntax error: each edit is served; Ctrl-C leaves nothing."""
+    project, container = dev.project, container_of(dev.project, "dev")
+    project.write({"templates/hello.html": "two {{ greeting }}"})
+    dev.until("two hello")
+    project.write(
+        {"more.py": "GREETING = 'three'\n", "app.py": f"import more\n{APP}".replace('"hello")', "more.GREETING)")}
+    )
+    dev.until("two three")
+    project.write({"app.py": "app = (\n"})
+    dev.until("was never closed", status=500)
+    assert "SyntaxError: '(' was never closed" in dev.log.read_text()
+    project.write({"app.py": APP.replace('"hello")', '"well")')})
+    dev.until("two well")
+    assert container_of(project, "dev") == container
+    dev.interrupt()
+    assert container_of(project, "dev") == ""
+
+
+@pytest.mark.slow
+def test_dev_installs_what_the_lock_gets(dev: Dev) -> None:
+    """A package that a lock has got is there a moment later; that the application failed until then is no hindrance."""
+    dev.project.write({"app.py": f"import iniconfig\n{APP}".replace('"hello")', "iniconfig.__name__)")})
+    dev.until("No module named", status=500)
+    [locked] = re.findall(r"^iniconfig==(?s:.)*?\n(?=\S)", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+    dev.project.append("requirements.txt", locked)
+    dev.until("one iniconfig")

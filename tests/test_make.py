@@ -1,15 +1,17 @@
-"""The make targets in a copy of the project, with and without Docker."""
+"""The make targets in a copy of the project, on a machine without Docker."""
 
 import pathlib
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support import ROOT, Project, free_port, get
+from tests.support import ROOT, Project, free_port, get, listens
 
 if not (shutil.which("make") and (ROOT / "Makefile").exists()):
     pytest.skip("make or the Makefile is not here", allow_module_level=True)
@@ -31,66 +33,80 @@ def health():
 """
 
 
-@pytest.fixture(scope="module")
-def without_engine(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A copy of the project where no engine answers, for all tests here: its virtual environment is made once."""
-    copy = Project(tmp_path_factory.mktemp("make") / "a project")
-    copy.environ["DOCKER_HOST"] = "unix:///nonexistent.sock"
-    return copy
+@pytest.fixture
+def bare(tmp_path: pathlib.Path) -> Iterator[Project]:
+    """A copy of the project where no engine answers, on a port of its own; what it has started ends with the test."""
+    environ = {"DOCKER_HOST": "unix:///nonexistent.sock", "PORT": str(free_port("127.0.0.1"))}
+    project = Project(tmp_path / "a project", **environ)
+    yield project
+    project.run("scripts/without-docker", "down")
 
 
 @pytest.fixture
-def no_engine(without_engine: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    """That copy, on a port of its own; what `make up` starts ends with the test, and what it edits is undone."""
-    port = str(free_port("127.0.0.1"))
-    monkeypatch.setattr(without_engine, "environ", without_engine.environ | {"PORT": port})
-    yield without_engine
-    without_engine.run("make", "down")
-    (without_engine.folder / ".env").unlink(missing_ok=True)
-    shutil.copy2(ROOT / "app.py", without_engine.folder)
+def ready(bare: Project) -> Project:
+    """Such a copy with a virtual environment: one that has this run's own packages, as to install them takes long."""
+    venv.create(bare.folder / ".venv-runtime", symlinks=True)
+    [packages] = bare.folder.glob(".venv-runtime/lib/*/site-packages")
+    (packages / "own.pth").write_text(sysconfig.get_path("purelib"))
+    (bare.folder / ".venv-runtime/ready").touch()
+    return bare
 
 
-def gone(url: str) -> bool:
-    """Tell whether nobody listens there."""
-    try:
-        get(url)
-    except OSError as error:
-        return "refused" in str(error)
-    return False
+def address(project: Project) -> tuple[str, int]:
+    """Return where it serves."""
+    return "127.0.0.1", int(project.environ["PORT"])
 
 
-def test_help(no_engine: Project) -> None:
+def url(project: Project) -> str:
+    """Return its address as a URL."""
+    return "http://{}:{}".format(*address(project))
+
+
+def replace_program(project: Project, name: str, script: str) -> None:
+    """Let commands in a copy of the project find this shell script under the name of a program."""
+    project.write({f"bin/{name}": f"#!/bin/sh\n{script}\n"})
+    (project.folder / "bin" / name).chmod(0o755)
+    project.environ["PATH"] = f"{project.folder}/bin:{project.environ['PATH']}"
+
+
+def test_help(bare: Project) -> None:
     """`make` alone lists the targets with what they do."""
-    listed = no_engine.run("make").stdout
-    for target in ["up", "down", "dev", "test", "check", "lock", "upgrade", "wheels", "reproduce", "bench"]:
+    listed = bare.run("make").stdout
+    for target in ["up", "down", "dev", "test", "test-all", "check", "lock", "upgrade", "wheels", "reproduce", "bench"]:
         assert f"make {target} " in listed
 
 
-def test_up_and_down_without_an_engine(no_engine: Project) -> None:
-    """Without an engine `make up` says so and serves, each time what is there by then; `make down` ends it."""
-    url = f"http://127.0.0.1:{no_engine.environ['PORT']}"
+@pytest.mark.slow
+def test_up_installs_what_it_takes(bare: Project) -> None:
+    """Where there is only make and Python, `make up` makes a virtual environment, and serves from it."""
+    bare.run("make", "up")
+    assert get(url(bare) + "/health")[0] == 200
+
+
+def test_up_and_down(ready: Project) -> None:
+    """`make up` says so and serves, each time what is there by then; `make down` ends it, also where there is no ps."""
     for text in ("one", "two"):
-        (no_engine.folder / "app.py").write_text(APP.format(text=text))
-        done = no_engine.run("make", "up")
+        ready.write({"app.py": APP.format(text=text)})
+        done = ready.run("make", "up")
         assert done.stderr.startswith("No Docker Engine answers: serving from a virtual environment instead.\n")
-        assert done.stdout.splitlines()[-1] == f"{url} (not in a container; log: .serve.log)"
-        assert get(url + "/") == (200, text)
-    no_engine.run("make", "down")
-    assert gone(url)
+        assert done.stdout.splitlines()[-1] == f"{url(ready)} (not in a container; log: .serve.log)"
+        assert get(url(ready) + "/") == (200, text)
+    (ready.folder / "bin").mkdir()
+    for tool in ["make", "sh", "cat", "rm", "dirname", "date", "sleep", "grep", "tr"]:  # as in slim containers
+        (ready.folder / "bin" / tool).symlink_to(shutil.which(tool))
+    ready.run("make", "down", environ={"PATH": f"{ready.folder}/bin"})
+    assert not listens(address(ready))
 
 
-def test_up_without_a_base_image(no_engine: Project, engine: None) -> None:
+def test_up_without_a_base_image(ready: Project, engine: None) -> None:
     """With an engine but no base image to be had, `make up` says so and serves all the same; a mistake it reports."""
-    del no_engine.environ["DOCKER_HOST"]  # this test's own: monkeypatch gives the next one another
-    no_engine.environ["PYTHON_IMAGE"] = "registry.invalid/no-such-image"
-    done = no_engine.run("make", "up")
+    del ready.environ["DOCKER_HOST"]
+    ready.environ["PYTHON_IMAGE"] = "registry.invalid/no-such-image"
+    done = ready.run("make", "up")
     assert "The base image can neither be found nor pulled: serving from a virtual environment" in done.stderr
-    assert get(f"http://127.0.0.1:{no_engine.environ['PORT']}/health")[0] == 200
-    no_engine.run("make", "down")
-    with (no_engine.folder / "Dockerfile").open("a") as dockerfile:
-        dockerfile.write("\nNONSENSE\n")
-    done = no_engine.run("make", "up", check=False)
-    shutil.copy2(ROOT / "Dockerfile", no_engine.folder)
+    assert get(url(ready) + "/health")[0] == 200
+    ready.append("Dockerfile", "\nNONSENSE\n")
+    done = ready.run("make", "up", check=False)
     assert done.returncode != 0
     assert "unknown instruction: NONSENSE" in done.stderr
 
@@ -103,65 +119,55 @@ def test_up_without_a_base_image(no_engine: Project, engine: None) -> None:
     ],
     ids=["no /health", "a crash"],
 )
-def test_up_says_why_not(no_engine: Project, app: str, reason: str) -> None:
+def test_up_says_why_not(ready: Project, app: str, reason: str) -> None:
     """An application that is not healthy is not up: why is said, and nothing is left."""
-    (no_engine.folder / "app.py").write_text(app)
-    done = no_engine.run("make", "up", check=False)
+    ready.write({"app.py": app})
+    # A clock that goes three times as fast: `make up` waits 15 s.
+    replace_program(ready, "date", f"echo $(($({shutil.which('date')} +%s) * 3))")
+    done = ready.run("make", "up", check=False)
     assert done.returncode != 0
     assert reason in done.stderr
-    assert gone(f"http://127.0.0.1:{no_engine.environ['PORT']}/health")
+    assert not listens(address(ready))
 
 
-def test_up_on_a_taken_port(no_engine: Project) -> None:
-    """If something else has the port, `make up` fails with the server's own line; it never takes that for its own."""
-    port = no_engine.environ["PORT"]
-    with socket.create_server(("127.0.0.1", int(port))):
-        done = no_engine.run("make", "up", check=False)
+def test_up_on_a_taken_port(ready: Project) -> None:
+    """If something else has the port, `make up` fails and says so; it never takes that for its own."""
+    with socket.create_server(address(ready)):
+        done = ready.run("make", "up", check=False)
     assert done.returncode != 0
-    assert f"serve: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
-    no_engine.run("make", "up")
-    (no_engine.folder / ".serve.pid").rename(no_engine.folder / ".serve.pid.other")
-    done = no_engine.run("make", "up", check=False)
-    (no_engine.folder / ".serve.pid.other").rename(no_engine.folder / ".serve.pid")
+    assert "serve: cannot listen on {}:{}: Address already in use".format(*address(ready)) in done.stderr
+    ready.run("make", "up")
+    (ready.folder / ".serve.pid").rename(ready.folder / ".serve.pid.other")
+    done = ready.run("make", "up", check=False)
+    (ready.folder / ".serve.pid.other").rename(ready.folder / ".serve.pid")
     assert done.returncode != 0
-    assert f"PORT={port} is taken: something answers there" in done.stderr
+    assert f"PORT={ready.environ['PORT']} is taken: something answers there" in done.stderr
 
 
-def test_the_env_file_counts_without_an_engine(no_engine: Project) -> None:
+def test_the_env_file_counts(ready: Project) -> None:
     """.env says what to serve and where, as for compose; the environment comes first."""
-    no_engine.write({"mine/web.py": APP.format(text="from a folder") + "\n\ndef make():\n    return app\n"})
-    (no_engine.folder / ".env").write_bytes(
+    ready.write({"mine/web.py": APP.format(text="from a folder") + "\n\ndef make():\n    return app\n"})
+    (ready.folder / ".env").write_bytes(
         b"# mine\r\nTITLE=two words\r\nAPP_DIR='mine' # here\r\nexport APP=web:make() # a factory\r\nUID=1\nPORT=1"
     )
-    no_engine.run("make", "up")
-    assert get(f"http://127.0.0.1:{no_engine.environ['PORT']}/") == (200, "from a folder")
+    ready.run("make", "up")
+    assert get(url(ready) + "/") == (200, "from a folder")
 
 
-def test_down_without_ps(no_engine: Project, tmp_path: pathlib.Path) -> None:
-    """`make down` ends the server where there is no ps, as in slim containers."""
-    for tool in ("make", "sh", "cat", "rm", "dirname", "date", "sleep", "grep", "tr"):
-        (tmp_path / tool).symlink_to(shutil.which(tool))
-    no_engine.run("make", "up")
-    no_engine.run("make", "down", environ={"PATH": str(tmp_path)})
-    assert gone(f"http://127.0.0.1:{no_engine.environ['PORT']}/health")
-
-
-def test_down_spares_another_process(no_engine: Project) -> None:
+def test_down_spares_another_process(bare: Project) -> None:
     """A number that a restart of the machine has given to another process, a server even, ends nobody."""
     with subprocess.Popen([sys.executable, "-m", "http.server", "0"], stdout=subprocess.DEVNULL) as other:
-        (no_engine.folder / ".serve.pid").write_text(f"{other.pid}\n")
-        no_engine.run("make", "down")
+        (bare.folder / ".serve.pid").write_text(f"{other.pid}\n")
+        bare.run("make", "down")
         assert other.poll() is None
         other.terminate()
-    assert not (no_engine.folder / ".serve.pid").exists()
+    assert not (bare.folder / ".serve.pid").exists()
 
 
-def test_an_old_python_is_refused(copy: Project) -> None:
+def test_an_old_python_is_refused(bare: Project) -> None:
     """A Python that is too old is refused in one line that says what it takes."""
     # Runs what it is given as Python 3.10 would.
-    copy.write({"bin/python3": f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 10); $2"\n'})
-    (copy.folder / "bin/python3").chmod(0o755)
-    environ = {"PATH": f"{copy.folder}/bin:{copy.environ['PATH']}"}
-    done = copy.run("make", ".venv-runtime/ready", environ=environ, check=False)
+    replace_program(bare, "python3", f'exec {sys.executable} -c "import sys; sys.version_info = (3, 10); $2"')
+    done = bare.run("make", ".venv-runtime/ready", check=False)
     assert done.returncode != 0
     assert done.stderr.startswith("python3 is too old: needs 3.11 or later\n")
