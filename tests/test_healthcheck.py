@@ -7,25 +7,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
 
-import healthcheck
-from tests.support import ROOT
-
-APPLICATION = """
-def app(environ, start_response):
-    start_response("200 OK" if environ["PATH_INFO"] == "/health" else "404 Not Found", [])
-    return []
-"""
+from tests.support import ROOT, run
 
 
-def probe(*options: str, **environ: str) -> subprocess.CompletedProcess:
+def probe(**environ: str) -> subprocess.CompletedProcess:
     """Run the probe as the image does, with nothing but these variables."""
-    command = [sys.executable, "-IS", *options, ROOT / "healthcheck.py"]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+    return run(sys.executable, "-IS", ROOT / "healthcheck.py", env=environ, timeout=30, check=False)
 
 
 @contextmanager
@@ -51,20 +43,17 @@ def answering(*pieces: bytes, host: str = "127.0.0.1", pause: float = 0) -> Iter
 @pytest.mark.parametrize(
     ("code", "answer"),
     [
-        pytest.param(0, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", id="healthy"),
-        pytest.param(0, b"HTTP/1.0 200 OK\r\n\r\n", id="healthy in HTTP/1.0"),
-        pytest.param(0, b"HTTP/1.1 200 \r\n\r\n", id="healthy without a reason"),
-        pytest.param(1, b"HTTP/1.0 204 No Content\r\n\r\n", id="another success"),
-        pytest.param(1, b"HTTP/1.1 301 Moved Permanently\r\nLocation: /\r\n\r\n", id="redirect"),
-        pytest.param(1, b"HTTP/1.1 503 Service Unavailable\r\n\r\n", id="draining"),
-        pytest.param(1, b"HTTP/1.1 2000 OK\r\n\r\n", id="not a status"),
-        pytest.param(1, b"HTTP/2 200\r\n\r\n", id="another protocol"),
-        pytest.param(1, b"\x15\x03\x01\x00\x02\x02\x46\r\n", id="TLS alert"),
-        pytest.param(1, b"\xff\x1b[31mHTTP/1.1 200 OK\r\n", id="garbage before the status"),
-        pytest.param(1, b"HTTP/1.1 200 OK", id="cut off"),
-        pytest.param(1, b"x" * 100_000, id="no end"),
-        pytest.param(1, b"", id="nothing"),
+        (0, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+        (0, b"HTTP/1.0 200 OK\r\n\r\n"),
+        (1, b"HTTP/1.0 204 No Content\r\n\r\n"),
+        (1, b"HTTP/1.1 503 Service Unavailable\r\n\r\n"),
+        (1, b"HTTP/1.1 2000 OK\r\n\r\n"),
+        (1, b"\xff\x1b[31mHTTP/1.1 200 OK\r\n"),
+        (1, b"HTTP/1.1 200 OK"),  # cut off
+        (1, b"x" * 100_000),
+        (1, b""),
     ],
+    ids=lambda value: repr(value)[:30],
 )
 def test_answer(code: int, answer: bytes) -> None:
     """Only status 200 is healthy; of anything else the probe prints the first line, escaped."""
@@ -81,13 +70,14 @@ def test_timeout() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "unhealthy: timed out\n", "")
 
 
-@pytest.mark.parametrize("port", ["", "-1", "nonsense", None])
-def test_no_connection(port: str | None) -> None:
+@pytest.mark.parametrize(("port", "why"), [("", ""), ("nonsense", ""), (None, "refused")])
+def test_no_connection(port: str | None, why: str) -> None:
     """A PORT that is none is unhealthy, in one line, as is a server on another address than the one in BIND."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         done = probe(BIND="::1", PORT=str(listener.getsockname()[1]) if port is None else port)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.fullmatch("unhealthy: .+\n", done.stdout)
+    assert why in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -98,34 +88,3 @@ def test_where_it_asks(bind: str, host: str) -> None:
     """It asks where BIND says that the server listens; if that is every address, at ::1 too."""
     with answering(b"HTTP/1.1 200 OK\r\n\r\n", host=host) as port:
         assert probe(BIND=bind, PORT=port).returncode == 0
-
-
-@pytest.mark.parametrize("bind", [None, "*", "0.0.0.0", "::"])
-def test_asks_this_machine_at_port_5000(monkeypatch: pytest.MonkeyPatch, bind: str | None) -> None:
-    """Without PORT it asks at 5000; without BIND, or if that is every address, at 127.0.0.1 first."""
-    monkeypatch.delenv("PORT", raising=False)
-    monkeypatch.delenv("BIND", raising=False)
-    if bind:
-        monkeypatch.setenv("BIND", bind)
-    monkeypatch.setattr(socket, "create_connection", lambda address: address)
-    assert healthcheck.connect() == (b"127.0.0.1", "5000")
-
-
-def test_follows_the_server(start: Callable) -> None:
-    """A server is healthy while it runs, and unhealthy when it is gone."""
-    with start() as running:
-        port = str(running.address()[1])
-        assert probe(PORT=port).returncode == 0
-        running.end()
-        done = probe(PORT=port)
-        assert (done.returncode, done.stderr) == (1, "")
-        assert "refused" in done.stdout
-
-
-def test_light() -> None:
-    """The probe imports nothing from site-packages, and no HTTP, TLS, IDNA or regular expressions."""
-    with answering(b"HTTP/1.1 200 OK\r\n\r\n") as port:
-        lines = probe("-X", "importtime", PORT=port).stderr.splitlines()
-    imported = {line.rpartition("|")[2].strip() for line in lines}
-    assert "socket" in imported
-    assert {"http", "ssl", "encodings.idna", "re", "typing", "site"}.isdisjoint(imported)

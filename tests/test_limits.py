@@ -6,7 +6,6 @@ import pathlib
 import select
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable
 
@@ -52,7 +51,6 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 POST = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n%b\r\n\r\n"
 SIZED = POST % b"Content-Length: %d"
-CONTINUE = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
 LINE = b"GET /" + b"a" * 3000
 
 
@@ -86,9 +84,7 @@ def test_drip(running: Server, begin: bytes, more: bytes) -> None:
     assert statuses(answered) == [408]
     assert answered.endswith(b"408 Request Timeout: the request took too long to arrive\n")
     assert b"\r\nConnection: close\r\n" in answered
-    [entry] = running.entries(request_id(answered))
-    assert entry["status"] == 408
-    assert entry["duration_ms"] > 450
+    assert running.entries(request_id(answered))[0]["duration_ms"] > 450
 
 
 def test_idle_connections_stay(running: Server) -> None:
@@ -146,24 +142,19 @@ def test_client_that_takes_too_little(start: Callable, read_timeout: str, taken:
         assert greedy_end(greedy) < LARGE
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-def test_client_that_takes_its_time(start: Callable, *, lazy: bool) -> None:
-    """A client that takes a part of its response now and then, or a little, is served for longer than READ_TIMEOUT.
+def test_client_that_takes_its_time(start: Callable) -> None:
+    """A client that takes a little of its response now and then is served for longer than READ_TIMEOUT.
 
-    What its system acknowledges is what counts: the server's own may keep much for it.
+    Its system acknowledges much less than the server's own has taken. Nor does it have to be able to send more.
     """
-    with start(READ_TIMEOUT="1") as running, running.connect(receive_buffer=4096 if lazy else None) as connection:
+    with start(READ_TIMEOUT="1") as running, running.connect(receive_buffer=4096) as connection:
         connection.sendall(LAST % b"/large")
-        if not lazy:
-            connection.shutdown(socket.SHUT_WR)  # nor does it have to be able to send more
-        began, received = time.monotonic(), 0
-        while time.monotonic() - began < 3:
-            received += len(connection.recv(1_000 if lazy else 1_000_000))
-            time.sleep(0.05 if lazy else 0.2)
-        if lazy:  # all of it would take minutes
-            assert running.access_log.read_text() == "", "cut off"
-        else:
-            assert received + greedy_end(connection) > LARGE
+        connection.shutdown(socket.SHUT_WR)
+        began = time.monotonic()
+        while time.monotonic() - began < 3:  # all of it would take minutes
+            assert connection.recv(1_000)
+            time.sleep(0.05)
+        assert running.access_log.read_text() == "", "cut off"
 
 
 def test_slow_upload(start: Callable) -> None:
@@ -177,14 +168,8 @@ def test_slow_upload(start: Callable) -> None:
         assert statuses(rest(connection)) == [200]
 
 
-# ---- idle, or not ----
-
-
-def test_idle_or_not(start: Callable) -> None:
-    """Closed after channel_timeout is who sends nothing but empty lines, not who has sent half a request.
-
-    An empty line, which RFC 9112 (2.2) knows, is not the beginning of a request: it is not answered 408.
-    """
+def test_idle_connections_go(start: Callable) -> None:
+    """Closed after WAITRESS_CHANNEL_TIMEOUT is who sends nothing but empty lines, not who has sent half a request."""
     with (
         start(READ_TIMEOUT="1.5", WAITRESS_CHANNEL_TIMEOUT="1") as running,
         running.connect() as half,
@@ -193,11 +178,10 @@ def test_idle_or_not(start: Callable) -> None:
         began = time.monotonic()
         half.sendall(SIZED % 10 + b"01234")
         ask(idle)
-        deadline = time.monotonic() + 10
         with contextlib.suppress(ConnectionError):
             while not select.select([idle], [], [], 0.1)[0]:
-                assert time.monotonic() < deadline, "it is still open"
                 idle.sendall(b"\r\n")
+                assert time.monotonic() - began < 10, "it is still open"
             assert rest(idle) == b""
         assert statuses(rest(half)) == [408]
         assert time.monotonic() - began > 1.45
@@ -217,10 +201,9 @@ def test_a_thousand_slow_clients(start: Callable) -> None:
         assert running.messages() == []
 
 
-@pytest.mark.parametrize(("files", "connections"), [(256, 96), (40, 10)])
-def test_few_files(start: Callable, files: int, connections: int) -> None:
+def test_few_files(start: Callable) -> None:
     """Where the limit of open files holds fewer connections than allowed, it says so; the application has some left."""
-    with contextlib.ExitStack() as clients, start(files=(files, files)) as running, running.connect() as first:
+    with contextlib.ExitStack() as clients, start(files=(256, 256)) as running, running.connect() as first:
         first.sendall(GET % b"/slow")  # which opens files when the others are there
         for _ in range(300):
             clients.enter_context(running.connect())
@@ -228,22 +211,19 @@ def test_few_files(start: Callable, files: int, connections: int) -> None:
         clients.close()
         assert statuses(running.exchange()) == [200]
         running.end()
-        [warned] = [message for message in running.messages() if f"A limit of {files} open files" in message]
-        assert warned.endswith(f"does not hold connection_limit=2000: it is now {connections}")
+        [warned] = [message for message in running.messages() if "A limit of 256 open files" in message]
+        assert warned.endswith("does not hold connection_limit=2000: it is now 96")
         assert not [entry for entry in running.logged() if "exception" in entry]
 
 
-@pytest.mark.parametrize("leave", [True, False])
-def test_connections_beyond_the_limit(start: Callable, *, leave: bool) -> None:
-    """Connections beyond connection_limit wait until others have left, or kept the server waiting for a second."""
+def test_connections_beyond_the_limit(start: Callable) -> None:
+    """Connections beyond connection_limit wait until others have kept the server waiting for a second."""
     with start(WAITRESS_CONNECTION_LIMIT="20") as running, contextlib.ExitStack() as clients:
         for _ in range(25):
             clients.enter_context(running.connect())
         with running.connect() as waiting:
             waiting.sendall(LAST % b"/")
             assert not select.select([waiting], [], [], 0.3)[0]
-            if leave:
-                clients.close()
             assert statuses(rest(waiting)) == [200]
 
 
@@ -280,9 +260,7 @@ def test_no_more_files(start: Callable, tmp_path: pathlib.Path) -> None:
             assert not select.select([waiting], [], [], 1)[0]
             assert cpu_seconds(running.process.pid) - before < 0.5
             (tmp_path / "release").touch()
-            released = time.monotonic()
             assert statuses(rest(waiting)) == [200]
-            assert time.monotonic() - released < 3
         running.end()
         assert 1 < len(running.messages()) < 5  # the first is that a hundred files do not hold connection_limit
 
@@ -329,15 +307,11 @@ def test_memory_of_requests(start: Callable) -> None:
         assert statuses(rest(connection)) == [200] * 301
 
 
-@pytest.mark.parametrize(
-    "large",
-    [
-        SIZED % 500_000 + bytes(500_000),
-        # Of this, the last bytes wait until the file is closed.
-        POST % b"Transfer-Encoding: chunked" + (b"64\r\n" + bytes(100) + b"\r\n") * 5000 + b"0\r\n\r\n",
-    ],
-    ids=["whole", "chunks"],
-)
+# Of the chunks, the last bytes wait until the file is closed.
+CHUNKS = POST % b"Transfer-Encoding: chunked" + (b"64\r\n" + bytes(100) + b"\r\n") * 5000 + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("large", [SIZED % 500_000 + bytes(500_000), CHUNKS], ids=["whole", "chunks"])
 def test_no_room_for_a_body(start: Callable, large: bytes) -> None:
     """A body that does not fit into the folder for temporary files is answered 503; the next that fits is taken."""
     with start(FULL_DISK + APPLICATION) as running:
@@ -364,60 +338,22 @@ def test_no_room_for_a_response(start: Callable, path: bytes) -> None:
         assert not [entry for entry in running.logged() if "exception" in entry]
 
 
-# ---- told to continue ----
-
-
-def test_reset_while_told_to_continue(start: Callable) -> None:
-    """Clients that leave right when they are told to continue do no harm to the server."""
-    with start() as running:
-        for _ in range(30):
-            with contextlib.ExitStack() as clients:
-                for _ in range(40):
-                    client = clients.enter_context(running.connect())
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset
-                    client.sendall(GET % b"/" + CONTINUE)
-        assert statuses(running.exchange()) == [200]
-        running.end()
-        assert not [entry for entry in running.logged() if "exception" in entry]
-
-
-def test_continue_behind_another_request(running: Server) -> None:
-    """Told to continue once, after the response to the request before, a client gets both responses whole."""
-    with running.connect() as connection:
-        for _ in range(100):
-            connection.sendall(GET % b"/" + CONTINUE)
-            received = b""
-            while b" 100 Continue\r\n\r\n" not in received:
-                received += connection.recv(1000)
-            connection.sendall(b"hello")
-            while not received.endswith(b"hello"):
-                received += connection.recv(1000)
-            assert statuses(received) == [200, 100, 200]
-
-
 # ---- what costs others time ----
 
 
-def test_blanks(running: Server) -> None:
-    """A header of nothing but blanks is refused, not pondered over while everybody waits."""
-    answered = running.exchange(b"GET / HTTP/1.1\r\nHost: a\r\nA:" + b" " * 16_000 + b"b\r\n\r\n")
-    assert statuses(answered) == [400]
-    assert running.entries(request_id(answered))[0]["duration_ms"] < 1000  # or half a minute
-
-
-def test_chunks_of_a_byte(running: Server) -> None:
-    """A body in chunks of one byte is read about as fast as another."""
-    answered = running.exchange(POST % b"Transfer-Encoding: chunked" + b"1\r\na\r\n" * 150_000 + b"0\r\n\r\n")
-    assert answered.endswith(b"a" * 150_000)
-    assert running.entries(request_id(answered))[0]["duration_ms"] < 5000
-
-
-def test_no_wait_for_the_next_look(running: Server) -> None:
-    """A connection is closed when its response is sent, not at the next look at all of them."""
-    began = time.monotonic()
-    for _ in range(20):
-        running.exchange()
-    assert time.monotonic() - began < 20 * 0.15
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a\r\nA:" + b" " * 16_000 + b"b\r\n\r\n", 400),
+        (POST % b"Transfer-Encoding: chunked" + b"1\r\na\r\n" * 150_000 + b"0\r\n\r\n", 200),
+    ],
+    ids=["header of blanks", "chunks of a byte"],
+)
+def test_costly_requests(running: Server, sent: bytes, status: int) -> None:
+    """What could take time that grows with the square of its size is not pondered over while everybody waits."""
+    answered = running.exchange(sent)
+    assert statuses(answered) == [status]
+    assert running.entries(request_id(answered))[0]["duration_ms"] < 5000  # or half a minute
 
 
 def test_paused(start: Callable) -> None:
