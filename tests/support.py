@@ -364,9 +364,9 @@ class Project:
             if not path.match("requirements*.txt") and not path.match("docker/*"):
                 path.chmod(path.stat().st_mode & 0o700)
 
-    def name_files(self, *names: str, at: str | None = None) -> None:
+    def name_files(self, *names: str) -> None:
         """Name files and folders of an application in the Dockerfile, as its comment says."""
-        lines = "".join(f"COPY --chmod=u=rwX,go=rX {name} {at or './' + name}\n" for name in names)
+        lines = "".join(f"COPY --chmod=u=rwX,go=rX ${{APP_DIR}}/{name} ./{name}\n" for name in names)
         edit(self.folder / "Dockerfile", "^# COPY .*templates\n", lines)
 
     def compose(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:

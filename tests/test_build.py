@@ -207,44 +207,27 @@ def test_two_builds_give_one_digest(project: Project) -> None:
 
 # ---- "Make it yours": an application of somebody's own ---------------------------------------------------------------
 
-# A module of its own, templates, static files, a package that is linked with a library of the base (libstdc++).
-MODULES = {
-    "app.py": """
+# A factory in a folder of its own, a module beside it, templates, static files, and a package that is linked with a
+# library of the base (libstdc++).
+YOURS = {
+    ".env": "APP_DIR=services/api\nAPP=app:create_app()\n",
+    "services/api/app.py": """
 import greenlet
 from flask import Flask, render_template
 
 from greetings import greeting
 
-app = Flask(__name__)
-
-
-@app.get("/")
-def hello():
-    return render_template("hello.html", greeting=greeting(), main=greenlet.getcurrent().parent)
-
-
-@app.get("/health")
-def health():
-    return "ok"
-""",
-    "greetings.py": "def greeting():\n    return 'from a module'\n",
-    "templates/hello.html": "{{ url_for('static', filename='style.css') }} {{ greeting }} {{ main }}\n",
-    "static/style.css": "body { color: black }\n",
-}
-# A package with a factory, in a folder of its own.
-PACKAGE = {
-    "services/api/app.py": "from myapp import create_app\n",
-    "services/api/myapp/__init__.py": """
-from flask import Flask, render_template
-
 
 def create_app():
     app = Flask(__name__)
-    app.add_url_rule("/", view_func=lambda: render_template("hello.html"))
+    main = greenlet.getcurrent().parent
+    app.add_url_rule("/", view_func=lambda: render_template("hello.html", greeting=greeting(), main=main))
     app.add_url_rule("/health", "health", lambda: "ok")
     return app
 """,
-    "services/api/myapp/templates/hello.html": "from a package",
+    "services/api/greetings.py": "def greeting():\n    return 'from a module'\n",
+    "services/api/templates/hello.html": "{{ url_for('static', filename='style.css') }} {{ greeting }} {{ main }}\n",
+    "services/api/static/style.css": "body { color: black }\n",
 }
 
 
@@ -259,7 +242,7 @@ def test_make_it_yours(project: Project) -> None:
     done = project.run("make", "check", check=False)
     assert done.returncode != 0
     assert re.search(r"^> greenlet==", done.stdout, re.MULTILINE)
-    project.write(MODULES)
+    project.write(YOURS)
     project.name_files("greetings.py", "templates", "static")
     project.run("make", "lock")
     assert "greenlet==" in lock.read_text()
@@ -268,7 +251,7 @@ def test_make_it_yours(project: Project) -> None:
         done = project.run("make", "up", environ={"TARGET": target})
         assert done.stdout.splitlines()[-1] == project.url()
         assert get(project.url() + "/") == (200, "/static/style.css from a module None")
-        assert get(project.url() + "/static/style.css") == (200, MODULES["static/style.css"])
+        assert get(project.url() + "/static/style.css") == (200, YOURS["services/api/static/style.css"])
 
 
 @pytest.mark.slow
@@ -280,11 +263,3 @@ def test_pip_compile_gives_the_same_lock(copy: Project) -> None:
     lock.write_text("\n".join(re.findall(r"^\S+==\S+", whole, re.MULTILINE)))
     copy.run(".venv/bin/pip-compile", "--quiet")
     assert lock.read_text() == whole
-
-
-def test_a_package_in_a_folder(project: Project) -> None:
-    """APP_DIR names the folder with app.py, APP a factory; both from .env."""
-    project.write(PACKAGE | {".env": "APP_DIR=services/api\nAPP='myapp:create_app()'\n"})
-    project.name_files("services/api/myapp", at="./myapp")
-    project.compose("up", "--build", "--wait")
-    assert get(project.url() + "/") == (200, "from a package")

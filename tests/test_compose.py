@@ -51,17 +51,11 @@ def test_what_the_container_may_not_do(up: Project, target: str) -> None:
     assert (host["SecurityOpt"], host["RestartPolicy"]["Name"]) == (["no-new-privileges:true"], "unless-stopped")
     assert inspect(name, ".Config.StopTimeout") > 10
     code = """
-        import os, shutil
-        for top, folders, files in os.walk("/"):
-            folders[:] = [f for f in folders if os.path.join(top, f) not in ("/proc", "/sys", "/dev")]
-            for path in [top, *(os.path.join(top, f) for f in files)]:
-                if os.access(path, os.W_OK) and not os.path.islink(path):
-                    print(path)
+        import shutil
         print([line for line in open("/proc/1/status") if line.startswith(("CapEff", "NoNewPrivs"))])
         print(bool(shutil.which("sh")))
         """
-    writable, process, shell = python(name, code).splitlines()
-    assert writable == "/tmp"
+    process, shell = python(name, code).splitlines()
     assert process == r"['CapEff:\t0000000000000000\n', 'NoNewPrivs:\t1\n']"
     assert shell == str(target == "runtime")
 

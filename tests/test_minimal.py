@@ -155,18 +155,8 @@ def test_has_no_tools(services: Callable[[str], str]) -> None:
 
 def test_another_base_is_refused(services: Callable[[str], str]) -> None:
     """From a base whose packages cannot be named, as this one, no such image is made; one line says what it takes."""
+    command = ["docker", "exec", "--interactive", services("minimal"), "python", "-IS", "-", "/tmp/rootfs", "/opt/venv"]
     with (ROOT / "docker/rootfs.py").open() as program:
-        command = [
-            "docker",
-            "exec",
-            "--interactive",
-            services("minimal"),
-            "python",
-            "-IS",
-            "-",
-            "/tmp/rootfs",
-            "/opt/venv",
-        ]
         done = run(*command, check=False, stdin=program)
     assert done.returncode == 1
     assert done.stderr.startswith("rootfs: the base has no dpkg-query; minimal takes a base of Debian's packages")
