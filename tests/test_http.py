@@ -11,14 +11,14 @@ import os
 import pathlib
 import re
 import socket
-import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 from waitress import buffers, parser, proxy_headers, receiver, task, utilities
 
-from tests.support import GET, LAST, ROOT, Server, request_id, rest, run, statuses, wait_until
+from tests.support import GET, LAST, Server, request_id, rest, statuses, wait_until
 
 # Applications by their path. Those of the first table fail before they have sent anything.
 FAILING = {
@@ -29,17 +29,12 @@ FAILING = {
     "exits": "sys.exit('secret')",
     "interrupts": "raise KeyboardInterrupt",
     "gives_none": "start_response('200 OK', []); return None",
-    "gives_text": "start_response('200 OK', []); return 'ok'",
     "gives_list_of_text": "start_response('200 OK', [('Content-Length', '2')]); return ['ok']",
-    "gives_list_of_numbers": "start_response('200 OK', []); return [1]",
     "starts_nothing": "return [b'ok']",
     "status_without_number": "start_response('fine', []); return [b'ok']",
-    "status_of_number": "start_response(200, []); return [b'ok']",
     "status_of_two_lines": r"start_response('200 OK\r\nX: y', []); return [b'ok']",
     "header_of_two_lines": r"start_response('200 OK', [('X', 'y\r\nSet-Cookie: z')]); return [b'ok']",
-    "header_of_number": "start_response('200 OK', [('X', 1)]); return [b'ok']",
     "header_not_latin_1": "start_response('200 OK', [('X', '\u674e')]); return [b'ok']",
-    "headers_none": "start_response('200 OK', None); return [b'ok']",
     "connection_header": "start_response('200 OK', [('Connection', 'close')]); return [b'ok']",
 }
 OTHERS = {
@@ -53,7 +48,6 @@ OTHERS = {
     "nothing": "start_response('204 No Content', []); return []",
     "unchanged": "start_response('304 Not Modified', []); return [b'body']",
     "parts": "start_response('200 OK', []); return iter([b'one', b'two'])",
-    "breaks_environ": "environ.clear(); environ['REMOTE_ADDR'] = 7; start_response('200 OK', []); return [b'ok']",
     "waits": "wait(); start_response('200 OK', [('Content-Length', '2')]); return [b'ok']",
 }
 # Any other path is answered with what was asked.
@@ -67,7 +61,7 @@ class Closes(list):
         raise RuntimeError("secret")
 
 def wait():
-    pathlib.Path(f"began-{time.monotonic()}").touch()
+    pathlib.Path("began").touch()
     while not pathlib.Path("go").exists():
         time.sleep(0.01)
 
@@ -141,7 +135,6 @@ REQUESTS = {
     "more than the size": (post(CHUNKED, body=b"5\r\nhelloX\r\n0\r\n\r\n"), [400]),
     "no CR LF after a chunk": (post(CHUNKED, body=b"5\r\nhello0\r\n\r\n"), [400]),
     "LF before CR LF after a size": (post(CHUNKED, body=b"5\n\r\nhello\r\n0\r\n\r\n"), [400]),
-    "the same after an extension": (post(CHUNKED, body=b"5;a\n\r\nhello\r\n0\r\n\r\n"), [400]),
     "an empty line before a size": (post(CHUNKED, body=b"\r\n5\r\nhello\r\n0\r\n\r\n"), [400]),
     "LF in a trailer": (post(CHUNKED, body=b"5\r\nhello\r\n0\r\nA: b\nC: d\r\n\r\n"), [400]),
     "NUL in a trailer": (post(CHUNKED, body=b"5\r\nhello\r\n0\r\nA: b\x00\r\n\r\n"), [400]),
@@ -154,7 +147,6 @@ REQUESTS = {
     # unfolded); RFC 9110, 5.5, no CR, LF or NUL in a value.
     "LF after the line": (b"GET / HTTP/1.1\nHost: a\r\n\r\n", [400]),
     "LF between headers": (get(b"A: b\nC: d"), [400]),
-    "LF throughout": (b"GET / HTTP/1.1\nHost: a\n\n", [400]),
     "CR in a value": (get(b"A: b\rC: d"), [400]),
     "a folded header": (get(b"A: b", b" c"), [400]),
     "a header folded with a tab": (get(b"A: b", b"\tc"), [400]),
@@ -170,9 +162,7 @@ REQUESTS = {
     # Host: 3.2 wants 400 where it is missing (HTTP/1.1), twice there or invalid. Empty is valid.
     "no Host": (get(host=b""), [400]),
     "two Hosts": (get(b"Host: b"), [400]),
-    "the same Host twice": (get(b"Host: a"), [400]),
     "two Hosts and an encoding": (post(CHUNKED, b"Host: a", body=HELLO), [400]),
-    "two Hosts in HTTP/1.0": (get(b"Host: a", line=b"GET / HTTP/1.0"), [400]),
     "a list of Hosts": (get(host=b"Host: a, b\r\n"), [400]),
     "a path in Host": (get(host=b"Host: a/b\r\n"), [400]),
     "a user in Host": (get(host=b"Host: user@a\r\n"), [400]),
@@ -181,13 +171,11 @@ REQUESTS = {
     "an IPv6 Host": (get(host=b"Host: [::1]:5000\r\n"), [200, 200]),
     "no Host in HTTP/1.0": (get(line=b"GET / HTTP/1.0", host=b""), [200]),
     "absolute form without Host": (get(line=b"GET http://b/ HTTP/1.1", host=b""), [400]),
-    "absolute form with two Hosts": (get(b"Host: a", line=b"GET http://b/ HTTP/1.1"), [400]),
     "absolute form without a host": (get(line=b"GET http:///path HTTP/1.1"), [400]),
     # Connection, RFC 9110, 7.6.1, is a list.
     "close in a list": (get(b"Connection: TE, Close"), [200]),
     # The line: 3 wants 400 where it is invalid; RFC 9110, 15.6.6, 505 for another version.
     "HTTP/0.9": (b"GET /\r\n", [400]),
-    "HTTP/0.9 with an empty line": (b"GET /\r\n\r\n", [400]),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505]),
     "HTTP/1.2": (post(CHUNKED, line=b"POST / HTTP/1.2", body=HELLO), [505]),
     "http/1.1": (get(line=b"GET / http/1.1"), [400]),
@@ -232,7 +220,6 @@ REQUESTS = {
     "the longest target": (get(line=b"GET /" + b"a" * (16383 - 27) + b" HTTP/1.1"), [200, 200]),
     "a byte more": (get(line=b"GET /" + b"a" * (16384 - 27) + b" HTTP/1.1"), [431]),
     "a line without an end": (b"GET /" + b"a" * 99000, [431]),
-    "a long header": (get(b"A: " + b"b" * 17000), [431]),
     "a long header after an empty line": (b"\r\n" + get(b"A: " + b"b" * 17000), [431]),
     "many headers": (get(*[b"A: b"] * 5000), [431]),
     "a large body": (post(b"Content-Length: 1048577"), [413]),
@@ -264,50 +251,18 @@ def test_request(running: Server, sent: bytes, wanted: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "facts"),
-    [
-        (
-            post(
-                CHUNKED,
-                NEXT.splitlines()[2],
-                body=b"3;a=b\r\nhel\r\n1a\r\nlo and a word more of that\r\n0\r\nHost: b\r\n\r\n",
-            ),
-            ["POST", "/", "a", b"hello and a word more of that"],
-        ),
-        *[
-            (LAST % target, ["GET", path, host, b""])
-            for target, path, host in [
-                (b"http://b:80/path?query", "/path", "b:80"),
-                (b"http://b", "/", "b"),
-                (b"http://b?query", "/", "b"),
-                (b"HTTP://b/path", "/path", "b"),
-                (b"//b/path", "/b/path", "a"),
-            ]
-        ],
-    ],
+    ("target", "path", "host"),
+    [(b"http://b:80/path?query", "/path", "b:80"), (b"HTTP://b?query", "/", "b"), (b"//b/path", "/b/path", "a")],
 )
-def test_what_the_application_gets(running: Server, sent: bytes, facts: list) -> None:
-    """The application gets the body without chunks and trailers; the host of an absolute target (3.2.2) is the Host."""
-    assert running.exchange(sent).endswith(repr(facts).encode() + b"\n")
+def test_host_of_the_target(running: Server, target: bytes, path: str, host: str) -> None:
+    """The host of an absolute target takes the place of the Host header's (RFC 9112, 3.2.2)."""
+    assert running.exchange(LAST % target).endswith(f"{['GET', path, host, b'']}\n".encode())
 
 
-@pytest.mark.parametrize("pipelined", [True, False])
-@pytest.mark.parametrize(
-    ("target", "status", "end"),
-    [(b"/nothing", 204, b"\r\n\r\n"), (b"/unchanged", 304, b"\r\n\r\n"), (b"/parts", 200, b"\r\n0\r\n\r\n")],
-)
-def test_next_request(running: Server, target: bytes, status: int, end: bytes, *, pipelined: bool) -> None:
+@pytest.mark.parametrize(("target", "status"), [(b"/nothing", 204), (b"/unchanged", 304), (b"/parts", 200)])
+def test_next_request(running: Server, target: bytes, status: int) -> None:
     """An answer whose end can be told without its length keeps the connection (RFC 9112, 9.3)."""
-    with running.connect() as connection:
-        connection.sendall(GET % target + NEXT * pipelined)
-        first = b""
-        while not pipelined and not first.endswith(end):
-            part = connection.recv(1000)
-            assert part, f"closed after {first}"
-            first += part
-        if not pipelined:
-            connection.sendall(NEXT)
-        answers = first + rest(connection)
+    answers = running.exchange(GET % target + NEXT)
     assert statuses(answers) == [status, 200]
     assert answers.lower().count(b"connection: close") == 1
 
@@ -319,10 +274,7 @@ def test_end_of_an_answer_in_http_1_0(running: Server) -> None:
     assert b"keep-alive" not in answer.lower()
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [b"GET / HTTP/1.1\r\nHost: a\r\n", post(b"Content-Length: 9"), post(CHUNKED, body=b"5\r\nhel"), b"\x16", b"G"],
-)
+@pytest.mark.parametrize("sent", [post(b"Content-Length: 9"), post(CHUNKED, body=b"5\r\nhel"), b"G"])
 def test_half_a_request(running: Server, sent: bytes) -> None:
     """A client that hangs up after half a request gets an error or nothing, and its connection is closed."""
     with running.connect() as connection:
@@ -336,17 +288,13 @@ def test_chunk_that_goes_on(running: Server) -> None:
     assert statuses(running.exchange(post(CHUNKED, body=b"5\r\nhellogarbage"))) == [400]
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_continue(running: Server, *, goes_on: bool) -> None:
-    """A client that waits to be told to continue is, and its body arrives; without one, it gets 408 in the end."""
+def test_continue(running: Server) -> None:
+    """A client that waits is told to continue; the application gets its body without chunks, extensions and trailer."""
     with running.connect() as connection:
-        connection.sendall(post(b"Expect: 100-continue", b"Content-Length: 5", b"Connection: close", body=b""))
+        connection.sendall(post(b"Expect: 100-continue", CHUNKED, b"Connection: close", body=b""))
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        if goes_on:
-            connection.sendall(b"hello")
-        answered = rest(connection)
-    assert statuses(answered) == [200 if goes_on else 408]
-    assert answered.endswith(b"b'hello']\n") == goes_on
+        connection.sendall(b"3;a=b\r\nhel\r\n1a\r\nlo and a word more of that\r\n0\r\nHost: b\r\n\r\n")
+        assert rest(connection).endswith(b"['POST', '/', 'a', b'hello and a word more of that']\n")
 
 
 @pytest.mark.parametrize("header", [CHUNKED, b"Content-Length: 8388608"])
@@ -361,17 +309,11 @@ def test_refusal_arrives_while_the_client_sends(running: Server, header: bytes) 
 
 def test_refused_clients_do_not_stay(running: Server) -> None:
     """Who goes on sending after a refusal is listened to for a moment only."""
-    with running.connect() as connection:
+    with running.connect() as connection, pytest.raises(ConnectionError):
         connection.sendall(post(b"Content-Length: 8388608"))
-
-        def refused() -> bool:
-            try:
-                connection.sendall(bytes(1024))
-            except OSError:
-                return True
-            return False
-
-        wait_until(refused, 20, "the server to hang up")
+        for _ in range(2000):
+            connection.sendall(bytes(1024))
+            time.sleep(0.01)
 
 
 # ---- Applications that fail, hang or return garbage ------------------------------------------------------------------
@@ -421,9 +363,7 @@ def test_client_gone_in_the_middle(start: Callable) -> None:
             connection.sendall(GET % b"/large")
             assert statuses(connection.recv(100)) == [200]
         assert statuses(running.exchange()) == [200]
-        large, _ = running.requests(2)
-        assert large["status"] == 200
-        assert 0 < large["bytes"] < 90_000_000
+        assert 0 < running.requests(2)[0]["bytes"] < 90_000_000
         assert running.messages() == ["Client disconnected while serving /large"]
 
 
@@ -439,10 +379,7 @@ def test_file_that_becomes_shorter(start: Callable, tmp_path: pathlib.Path) -> N
     assert statuses(received) == []
 
 
-@pytest.mark.parametrize(
-    "line",
-    [b"HEAD /", b"HEAD /too_many", b"HEAD /parts", b"HEAD /raises", b"HEAD /raises_after_part", b"GET /unchanged"],
-)
+@pytest.mark.parametrize("line", [b"HEAD /too_many", b"HEAD /parts", b"HEAD /raises_after_part", b"GET /unchanged"])
 def test_no_body(running: Server, line: bytes) -> None:
     """Where an answer has no body (RFC 9112, 6.3), what an application gives does not become the next answer."""
     answered = running.exchange(get(b"Connection: close", line=line + b" HTTP/1.1"))
@@ -450,38 +387,15 @@ def test_no_body(running: Server, line: bytes) -> None:
     assert answered.count(b"\r\n\r\n") == 1
 
 
-def test_settings_for_errors(start: Callable) -> None:
-    """Told to expose tracebacks it shows why; an OSError is the application's own, also if sockets' are not logged."""
-    with start(WAITRESS_EXPOSE_TRACEBACKS="true", WAITRESS_LOG_SOCKET_ERRORS="false") as running:
-        assert b"\nRuntimeError: secret\n" in running.exchange(GET % b"/raises")
-        assert statuses(running.exchange(GET % b"/raises_os_error")) == [500]
-
-
-def test_environ_is_the_applications(running: Server) -> None:
-    """Whatever an application does with its environ, its thread goes on."""
-    for _ in range(3):
-        assert statuses(running.exchange(LAST % b"/breaks_environ")) == [200]
-
-
 def test_threads_all_stuck(start: Callable, tmp_path: pathlib.Path) -> None:
-    """While every thread is stuck the probe fails, in its own time; when they are free it succeeds again."""
-    with start(WAITRESS_THREADS="2") as running:
-        environ = {"PORT": str(running.address()[1])}
-
-        def probe() -> tuple[int, str]:
-            done = run(sys.executable, "-IS", ROOT / "healthcheck.py", env=environ, check=False)
-            return done.returncode, done.stdout
-
-        assert probe() == (0, "")
-        with running.connect() as one, running.connect() as two:
-            for connection in (one, two):
-                connection.sendall(LAST % b"/waits")
-            wait_until(lambda: len(list(tmp_path.glob("began-*"))) == 2, 10, "both threads to be stuck")
-            assert probe() == (1, "unhealthy: timed out\n")
-            running.until_said("Requests seen waiting for one of 2 threads")
-            (tmp_path / "go").touch()
-            assert statuses(rest(one)) == statuses(rest(two)) == [200]
-        assert probe() == (0, "")
+    """While every thread is stuck the log says that requests wait for one; they are answered in the end."""
+    with start(WAITRESS_THREADS="1") as running, running.connect() as stuck, running.connect() as waits:
+        stuck.sendall(LAST % b"/waits")
+        wait_until((tmp_path / "began").exists, 10, "the thread to be stuck")
+        waits.sendall(LAST % b"/")
+        running.until_said("Requests seen waiting for one of 1 threads")
+        (tmp_path / "go").touch()
+        assert statuses(rest(stuck)) == statuses(rest(waits)) == [200]
 
 
 # ---- Behind a proxy --------------------------------------------------------------------------------------------------
@@ -528,21 +442,20 @@ def test_behind_a_proxy(start: Callable) -> None:
 
 
 def test_several_hops(start: Callable) -> None:
-    """Of a chain of addresses only those count that trusted proxies have added, as many as there are of them."""
+    """Of a chain of addresses only those count that trusted proxies have added; where a request is refused, too."""
+    chain = b"X-Forwarded-For: 6.6.6.6, 192.0.2.1, 192.0.2.2"
     with start(WHERE, **TRUST | {"WAITRESS_TRUSTED_PROXY": "*", "WAITRESS_TRUSTED_PROXY_COUNT": "2"}) as running:
-        client, *_, logged = told(running, b"X-Forwarded-For: 6.6.6.6, 192.0.2.1, 192.0.2.2")
-        assert client == logged == "192.0.2.1"
+        client, *_, logged = told(running, chain)
+        refused = running.exchange(post(chain, b"Content-Length: 9999999"))
+        [entry] = running.entries(request_id(refused))
+        assert client == logged == entry["remote_addr"] == "192.0.2.1"
 
 
-@pytest.mark.parametrize(("given", "recorded"), [(b"192.0.2.1", "192.0.2.1"), (b":1.2", None)])
-def test_refused_behind_a_proxy(start: Callable, given: bytes, recorded: str | None) -> None:
-    """What is refused before the application sees it is on record with the client's own address, if that is one."""
-    with start(WHERE, **TRUST | {"WAITRESS_TRUSTED_PROXY": "127.0.0.1"}) as running:
-        answered = running.exchange(post(b"X-Forwarded-For: " + given, b"Content-Length: 9999999"))
-        assert statuses(answered) == [413]
-        [entry] = running.requests(1)
-        assert entry["status"] == 413
-        assert recorded in (None, entry["remote_addr"])
+def test_forwarded_garbage(start: Callable) -> None:
+    """What a trusted proxy forwards may be no address: a refused request is on record all the same."""
+    with start(WHERE, **TRUST | {"WAITRESS_TRUSTED_PROXY": "*"}) as running:
+        running.exchange(post(b"X-Forwarded-For: :1.2", b"Content-Length: 9999999"))
+        assert running.requests(1)[0]["status"] == 413
 
 
 # ---- What is used of waitress beyond its documented interface --------------------------------------------------------

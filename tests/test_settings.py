@@ -4,13 +4,12 @@ import pathlib
 import re
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
 
 import pytest
 from waitress.adjustments import Adjustments
 
 from serve.settings import LISTEN, SettingError, read_settings
-from tests.support import ROOT, Server, get, statuses
+from tests.support import Server, get
 
 APPLICATION = """
 def app(environ, start_response):
@@ -139,11 +138,9 @@ def test_wrong_settings_end_it(start: Callable, environ: dict[str, str], line: s
 
 def test_names_that_are_no_setting(start: Callable) -> None:
     """A platform may set names that begin with WAITRESS_: they are reported in one warning, and left alone."""
-    environ = {  # what Kubernetes sets where there is a Service named waitress, and two slips
-        "WAITRESS_SERVICE_HOST": "10.0.0.1",
+    environ = {
+        "WAITRESS_SERVICE_HOST": "10.0.0.1",  # as Kubernetes does for a Service named waitress
         "WAITRESS_PORT": "tcp://10.0.0.1:5000",
-        "WAITRESS_PORT_5000_TCP": "tcp://10.0.0.1:5000",
-        "WAITRESS_HOST": "udp://10.0.0.1:53",
         "WAITRESS_TREADS": "8",
         "WAITRESS_threads": "x",
     }
@@ -186,59 +183,47 @@ def test_listens(start: Callable, bind: str | None, hosts: list[str]) -> None:
             assert get(f"http://{host}:{port}/") == (200, "/")
 
 
-def test_listens_without_ipv6(start: Callable, tmp_path: pathlib.Path) -> None:
-    """On a kernel without IPv6, which makes no socket of it, every address is every one of IPv4."""
-    (tmp_path / "sitecustomize.py").write_text(  # imported at the start of Python
-        "import socket\n\n\nclass IPv4(socket.socket):\n"
-        "    def __init__(self, family=-1, *rest, **named):\n"
-        "        if family == socket.AF_INET6:\n            raise OSError('no IPv6')\n"
-        "        super().__init__(family, *rest, **named)\n\n\nsocket.socket = IPv4\n"
-    )
-    with start(BIND="*", PYTHONPATH=f"{tmp_path}:{ROOT}") as running:
-        [url] = running.listening()
-        assert get(url + "/") == (200, "/")
-
-
 def test_taken_port(start: Callable) -> None:
-    """A port that is taken ends the start with exit code 1 and one line that names it: 5000, where PORT is not set."""
-    with ExitStack() as stack:
-        with suppress(OSError):  # somebody else listens there
-            stack.enter_context(socket.create_server(("127.0.0.1", 5000)))
-        with start(PORT=None) as running:
+    """A port that is taken ends the start with exit code 1 and one line that names it."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with start(PORT=str(port)) as running:
             assert running.ended() == 1
-            assert running.log.read_text() == "serve: cannot listen on 127.0.0.1:5000: Address already in use\n"
+            assert running.log.read_text() == f"serve: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
 # ---- The application -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with applications, most of which are none."""
-    modules = {
+    folder = tmp_path_factory.mktemp("applications")
+    for name, text in {
         "app": APPLICATION,
-        "package/__init__": "from .inner import create_app\n",
-        "package/inner": "from app import create_app\n",
-        "broken": "import os\n\n\nos.environ['NOT_SET']\n",
-        "site-packages/library": "def connect():\n    raise OSError('no database')\n",
-        "uses": "import sys\n\nsys.path.append('site-packages')\nimport library\n\nlibrary.connect()\n",
-        "needs": "import not_installed\n",
-        "typo": "def app(:\n",
-        "leaves": "import sys\n\nsys.exit('DATABASE is not set')\n",
-        "lines": "raise ValueError('one\\ntwo')\n",
-        "runs": "import flask\n\napp = flask.Flask(__name__)\napp.run(host='0.0.0.0', port=1)\n",
-        "quiet": "import logging.config\n\nlogging.config.dictConfig({'version': 1, 'root': {'level': 'WARNING'}})\n"
-        "from app import app\n",
-    }
-    for name, text in modules.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.py").write_text(text)
-    return tmp_path
+        "package/__init__": "from .inner import create_app",
+        "package/inner": "from app import create_app",
+        "broken": "import os\n\n\nos.environ['NOT_SET']",
+        "site-packages/library": "def connect():\n    raise OSError('no database')",
+        "uses": "import sys\n\nsys.path.append('site-packages')\nimport library\n\nlibrary.connect()",
+        "needs": "import not_installed",
+        "typo": "def app(:",
+        "leaves": "import sys; sys.exit('DATABASE is not set')",
+        "lines": "raise ValueError('one\\ntwo')",
+        "runs": "from app import app; import flask; flask.Flask('other').run(host='0.0.0.0', port=1)",
+        "quiet": "import logging.config\nfrom app import app\n\n"
+        "logging.config.dictConfig({'version': 1, 'root': {'level': 'WARNING'}})",
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(text)
+    return folder
 
 
-@pytest.mark.parametrize("name", ["app:Group.inner", "package:create_app()", "package.inner:create_app()", "quiet:app"])
+@pytest.mark.parametrize(
+    "name", ["app:Group.inner", "package:create_app()", "package.inner:create_app()", "quiet:app", "runs:app"]
+)
 def test_application_by_name(folder: pathlib.Path, name: str) -> None:
-    """APP names the application, with dots or by a factory; one that sets up logging does not silence the server."""
+    """APP names an application, with dots or by a factory; neither its logging nor its app.run() is in the way."""
     with Server(folder, APP=name) as running:
         assert get(running.listening()[0] + "/here") == (200, "/here")
 
@@ -273,9 +258,3 @@ def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> Non
     assert errors.startswith(f"serve: APP={name!r}: ")
     assert problem in errors
     assert errors.count("\n") == 1
-
-
-def test_an_app_run_left_in_the_module(folder: pathlib.Path) -> None:
-    """Flask's development server does not start in place of ours, whatever the module calls."""
-    with Server(folder, APP="runs:app") as running:
-        assert statuses(running.exchange()) == [404]
