@@ -63,8 +63,6 @@ class Request(HTTPRequestParser):
         """Take what has arrived; return how many bytes of it belong to this request."""
         consumed = self.receive_body(data) if self.headers_finished else self.receive_head(data)
         self.completed = self.completed or bool(self.error)
-        if self.completed:
-            self.expect_continue = False  # its body is there, or will not be read
         return consumed
 
     def receive_head(self, data: bytes) -> int:
