@@ -147,9 +147,14 @@ def test_up_on_a_taken_port(ready: Project) -> None:
 def test_the_env_file_counts(ready: Project) -> None:
     """.env says what to serve and where, as for compose; the environment comes first."""
     ready.write({"mine/web.py": APP.format(text="from a folder") + "\n\ndef make():\n    return app\n"})
-    (ready.folder / ".env").write_bytes(
-        b"# mine\r\nTITLE=two words\r\nAPP_DIR='mine' # here\r\nexport APP=web:make() # a factory\r\nUID=1\nPORT=1"
-    )
+    lines = [
+        b"# mine",
+        b"LOG_LEVEL=debug",
+        b"TITLE=two words",
+        b"APP_DIR='mine' # here",
+        b"export APP=web:make() # this",
+    ]
+    (ready.folder / ".env").write_bytes(b"\r\n".join([*lines, b"UID=1\nPORT=1"]))
     ready.run("make", "up")
     assert get(url(ready) + "/") == (200, "from a folder")
 
