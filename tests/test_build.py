@@ -235,7 +235,7 @@ def create_app():
 def test_make_it_yours(project: Project) -> None:
     """README's steps: requirements.in, app.py, its files, `make lock up`. Before, `make check` finds the old lock."""
     lock = project.folder / "requirements.txt"
-    edit(lock, r"^jinja2==\S+", "jinja2==3.1.5")  # an older release, to be kept
+    edit(lock, r"^jinja2==(?s:.)*?\n(?=\S)", "jinja2==3.1.5\n")  # an older release, to be kept
     pins = re.findall(r"^\S+==\S+", lock.read_text(), re.MULTILINE)
     project.write({"requirements-dev.in": ""})  # no tools: they are locked too
     project.append("requirements.in", "greenlet\n")
