@@ -21,11 +21,11 @@ dev:       ## serve your folder with live reload, on this machine only, until Ct
 	DEV_USER=$$(id -u):$$(id -g) docker compose up --build --watch dev
 
 # ---- check ---------------------------------------------------------------------------------------------------------
-test: .venv/ready ## run the tests that this machine can run, but for the slow ones
+test: .venv/ready ## run the tests, except the slow ones
 	.venv/bin/pytest -m 'not slow'
 	@echo 'Not run: the tests marked slow. `make test-all` runs them too.'
 
-test-all: .venv/ready ## run every test that this machine can run
+test-all: .venv/ready ## run all tests
 	.venv/bin/pytest
 
 check: .venv/ready ## lint, and fail if a lock is out of date

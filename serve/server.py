@@ -21,7 +21,7 @@ from serve.settings import Settings
 
 CHECK = 0.25  # seconds between two checks of all timeouts
 CHECK_CLOSING = 0.05  # the same, while somebody waits for the end
-PAUSED = 1.0  # a check that is later than this: the process was stopped
+PAUSED = 1.0  # seconds: a check later than this finds a process that was stopped
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # for one more open file
 # Without it, the system buffers megabytes for each client that does not read: memory that nothing here limits.
 SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2**17)] if hasattr(socket, "TCP_NOTSENT_LOWAT") else []
@@ -139,7 +139,9 @@ class Server:
         if self.access_log:
             self.access_log.report()
         for channel in list(self.channels):
-            if late > PAUSED:  # by `docker pause`, or on a starved machine: it was not the client who was slow
+            # By `docker pause`, or on a starved machine: it was not the client who was slow. (A server without
+            # connections checks late too.)
+            if late > PAUSED:
                 channel.since = min(now, channel.since + late)
             channel.check(now)
         if self.full and len(self.channels) < self.adj.connection_limit:

@@ -74,7 +74,10 @@ def target(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def images(base: str) -> Iterator[Callable[[str], str]]:
-    """A function that returns the image that `docker build --target TARGET .` gives; each is built once."""
+    """A function that returns the image that `docker build --target TARGET .` gives.
+
+    Each is built once in each of pytest's processes: by the first of them; the others find it in the cache.
+    """
     with ExitStack() as stack:
 
         @cache

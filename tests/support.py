@@ -70,7 +70,7 @@ def listens(address: tuple[str, int]) -> bool:
 
 
 def edit(path: pathlib.Path, pattern: str, replacement: str, count: int = 1) -> None:
-    """Change the first places in a file where a pattern matches, so many of them; 0 is all."""
+    """Replace the first `count` matches of a pattern in a file (0: all); fail if there is none."""
     text, found = re.subn(pattern, replacement, path.read_text(), count=count, flags=re.MULTILINE)
     assert found
     path.write_text(text)
@@ -113,7 +113,7 @@ def ask(connection: socket.socket, target: bytes = b"/") -> bytes:
 
 
 def unanswered_until_gone(address: tuple[str, int], stop: Callable[[], object]) -> list[Exception]:
-    """Stop a server while eight clients ask it without a pause; return what they met that was no answer.
+    """Stop a server while eight clients send requests without a pause; return the errors that they met.
 
     Told to close its connection a client makes another, until nobody listens any more.
     """
@@ -145,7 +145,7 @@ def unanswered_until_gone(address: tuple[str, int], stop: Callable[[], object]) 
 
 @contextmanager
 def many_files() -> Iterator[None]:
-    """Let this process open three thousand files, where it may."""
+    """Raise this process's limit of open files to 3000, or as far as it may."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(3000, before[1]), before[1]))
     try:
@@ -174,9 +174,7 @@ class Server:
         if application is not None:
             (folder / "app.py").write_text(application)
         self.log, self.access_log = folder / "serve.log", folder / "access.log"
-        own = re.compile("(WAITRESS|SHUTDOWN)_.*|APP|BIND|PORT|READ_TIMEOUT|ACCESS_LOG|LOG_LEVEL")
-        clean = {name: value for name, value in os.environ.items() if not own.fullmatch(name)}
-        environ = clean | {"PYTHONPATH": str(ROOT), "BIND": "127.0.0.1", "PORT": "0"} | environ
+        environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "BIND": "127.0.0.1", "PORT": "0"} | environ
         command = [sys.executable, "-m", "serve"]
         if files:
             limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({}, {})); os.execv(*{})"
@@ -358,7 +356,7 @@ class Project:
     def make_private(self) -> None:
         """Let only the owner read what is there, as in a clone that was made under umask 077.
 
-        But not what the build's root alone reads: it would run again all steps that mount it.
+        Except the locks and docker/: only root reads them in the build, and another mode would miss the build cache.
         """
         for path in [self.folder, *self.folder.rglob("*")]:
             if not path.match("requirements*.txt") and not path.match("docker/*"):
@@ -367,7 +365,7 @@ class Project:
     def name_files(self, *names: str) -> None:
         """Name files and folders of an application in the Dockerfile, as its comment says."""
         lines = "".join(f"COPY --chmod=u=rwX,go=rX ${{APP_DIR}}/{name} ./{name}\n" for name in names)
-        edit(self.folder / "Dockerfile", "^# COPY .*templates\n", lines)
+        edit(self.folder / "Dockerfile", r"(?<=^COPY --chmod=u=rwX,go=rX \$\{APP_DIR\}/app.py ./\n)", lines)
 
     def compose(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
         """Run a docker compose command in this copy."""

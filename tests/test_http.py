@@ -1,11 +1,9 @@
 """HTTP over raw sockets: requests as they should not be, applications that fail, and a proxy in front.
 
-The rules are those of RFC 9110 and 9112. Each request is followed on its connection by a good one for /next. Where the
-end of the first is in doubt, or it is no request, the connection has to be closed before that is answered: it may be a
-part of the first, from somebody else.
+The rules are those of RFC 9110 and 9112. After each request a good one for /next is sent. If the first is invalid, or
+its end is in doubt, the connection has to close instead: what follows may be a request that somebody has smuggled in.
 """
 
-import inspect
 import json
 import os
 import pathlib
@@ -16,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from waitress import buffers, parser, proxy_headers, receiver, task, utilities
 
 from tests.support import GET, LAST, Server, request_id, rest, statuses, wait_until
 
@@ -74,7 +71,7 @@ def app(environ, start_response):
     return globals().get(environ["PATH_INFO"][1:], facts)(environ, start_response)
 """ + "".join(f"\n\ndef {name}(environ, start_response):\n    {code}\n" for name, code in (FAILING | OTHERS).items())
 # One thread: what that does not survive, the next request shows.
-VARIABLES = {"READ_TIMEOUT": "2", "WAITRESS_THREADS": "1"}
+VARIABLES = {"WAITRESS_THREADS": "1"}
 
 NEXT = LAST % b"/next"
 CHUNKED = b"Transfer-Encoding: chunked"
@@ -229,15 +226,14 @@ REQUESTS = {
 
 @pytest.mark.parametrize(("sent", "wanted"), REQUESTS.values(), ids=REQUESTS)
 def test_request(running: Server, sent: bytes, wanted: list[int]) -> None:
-    """It is answered as the table says, at once, in pieces too; /next only where it is no doubt a request."""
-    for whole in (True, False):
+    """Sent whole or byte by byte, each gets the statuses of the table; /next is answered only where they say so."""
+    for whole in (True, False) if len(sent) < 2000 else (True,):
         with running.connect() as connection:
-            if whole or len(sent) > 2000:
+            if whole:
                 connection.sendall(sent + NEXT)
             else:
-                # To send on after having asked to close is to risk the answer.
                 with suppress(OSError):  # it has been refused already
-                    for byte in sent if wanted == [200] else sent + NEXT:
+                    for byte in sent if wanted == [200] else sent + NEXT:  # after `close`, to send more risks a reset
                         connection.send(bytes([byte]))
             answers = rest(connection)
         assert statuses(answers) == wanted
@@ -277,11 +273,11 @@ def test_end_of_an_answer_in_http_1_0(running: Server) -> None:
 
 @pytest.mark.parametrize("sent", [post(b"Content-Length: 9"), post(CHUNKED, body=b"5\r\nhel"), b"G"])
 def test_half_a_request(running: Server, sent: bytes) -> None:
-    """A client that hangs up after half a request gets an error or nothing, and its connection is closed."""
+    """A client that hangs up in the middle of a request is closed at once, without an answer."""
     with running.connect() as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        assert statuses(rest(connection)) in ([], [400], [408])
+        assert rest(connection) == b""
 
 
 def test_chunk_that_goes_on(running: Server) -> None:
@@ -333,7 +329,7 @@ def test_nothing_sent_yet(running: Server, what: str) -> None:
     assert (failed["path"], failed["status"], failed["bytes"]) == (f"/{what}", 500, len(body))
     [logged] = running.entries(request_id(answered), log=running.log)
     assert logged["message"] == f"Exception while serving /{what}"
-    assert "app.py" in logged["exception"] or "waitress" in logged["exception"]
+    assert "exception" in logged
 
 
 @pytest.mark.parametrize(
@@ -354,7 +350,8 @@ def test_more_than_promised(running: Server) -> None:
     answered = running.exchange(GET % b"/too_many" + NEXT)
     assert statuses(answered) == [200, 200]
     assert b"more" not in answered
-    assert "exceeded the number of bytes specified by Content-Length" in running.log.read_text()
+    [logged] = running.entries(request_id(answered), log=running.log)
+    assert "exceeded the number of bytes specified by Content-Length" in logged["message"]
 
 
 def test_client_gone_in_the_middle(start: Callable) -> None:
@@ -457,29 +454,3 @@ def test_forwarded_garbage(start: Callable) -> None:
     with start(WHERE, **TRUST | {"WAITRESS_TRUSTED_PROXY": "*"}) as running:
         running.exchange(post(b"X-Forwarded-For: :1.2", b"Content-Length: 9999999"))
         assert running.requests(1)[0]["status"] == 413
-
-
-# ---- What is used of waitress beyond its documented interface --------------------------------------------------------
-
-USED = {
-    buffers.OverflowableBuffer.__init__: "overflow",
-    buffers.OverflowableBuffer.append: "s",
-    buffers.OverflowableBuffer.get: "numbytes skip",
-    buffers.OverflowableBuffer.skip: "numbytes allow_prune",
-    parser.HTTPRequestParser.received: "data",
-    proxy_headers.parse_proxy_headers: "environ trusted_proxy_count trusted_proxy_headers logger",
-    receiver.ChunkedReceiver.received: "s",
-    task.Task.__init__: "channel request",
-    task.Task.build_response_header: "",
-    task.Task.finish: "",
-    task.Task.write: "data",
-    task.WSGITask.execute: "",
-    task.WSGITask.get_environment: "",
-    utilities.Error.__init__: "body",
-}
-
-
-@pytest.mark.parametrize(("function", "parameters"), USED.items(), ids=lambda value: getattr(value, "__qualname__", ""))
-def test_used_of_waitress(function: Callable, parameters: str) -> None:
-    """A release of waitress that changes what is overridden or called fails here, by name."""
-    assert [name for name in inspect.signature(function).parameters if name != "self"] == parameters.split()

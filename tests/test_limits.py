@@ -23,6 +23,9 @@ def app(environ, start_response):
     path = environ["PATH_INFO"]
     if path == "/slow":
         time.sleep(1.2)
+    if path == "/waits":
+        while not os.path.exists("release"):
+            time.sleep(0.01)
         files = [open("/dev/null") for _ in range(5)]
     if path == "/hoard":  # all the files that the process may have
         files = []
@@ -74,7 +77,7 @@ def drip(connection: socket.socket, sent: bytes) -> bytes:
     ],
     ids=["line", "headers", "empty lines", "body", "chunks"],
 )
-def test_drip(running: Server, begin: bytes, more: bytes) -> None:
+def test_slow_request_gets_408(running: Server, begin: bytes, more: bytes) -> None:
     """Who has not sent a whole request in time is answered 408, however steadily the bytes come, and closed."""
     with running.connect() as connection:
         began = time.monotonic()
@@ -106,6 +109,8 @@ def test_slow_application(running: Server) -> None:
         assert statuses(connection.recv(1000)) == [200]
         connection.sendall(b"Host: a\r\nConnection: close\r\n\r\n")
         assert statuses(rest(connection)) == [200]
+    # One request in work is none that waits for one of four threads.
+    assert not [message for message in running.messages() if "waiting for one of" in message]
 
 
 def greedy_end(connection: socket.socket) -> int:
@@ -129,7 +134,7 @@ def test_client_that_takes_too_little(start: Callable, read_timeout: str, taken:
         greedy.sendall(GET % b"/large")
         assert statuses(greedy.recv(70)) == [200]
         honest.sendall(LAST % b"/")
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 30
         while not select.select([honest], [], [], 0.1)[0]:
             assert time.monotonic() < deadline, "the thread is not free"
             with contextlib.suppress(OSError):
@@ -201,12 +206,13 @@ def test_a_thousand_slow_clients(start: Callable) -> None:
         assert running.messages() == []
 
 
-def test_few_files(start: Callable) -> None:
+def test_few_files(start: Callable, tmp_path: pathlib.Path) -> None:
     """Where the limit of open files holds fewer connections than allowed, it says so; the application has some left."""
     with contextlib.ExitStack() as clients, start(files=(256, 256)) as running, running.connect() as first:
-        first.sendall(GET % b"/slow")  # which opens files when the others are there
+        first.sendall(GET % b"/waits")  # which opens files when the others are there
         for _ in range(300):
             clients.enter_context(running.connect())
+        (tmp_path / "release").touch()
         assert statuses(first.recv(1000)) == [200]
         clients.close()
         assert statuses(running.exchange()) == [200]
@@ -219,12 +225,11 @@ def test_few_files(start: Callable) -> None:
 def test_connections_beyond_the_limit(start: Callable) -> None:
     """Connections beyond connection_limit wait until others have kept the server waiting for a second."""
     with start(WAITRESS_CONNECTION_LIMIT="20") as running, contextlib.ExitStack() as clients:
+        began = time.monotonic()
         for _ in range(25):
             clients.enter_context(running.connect())
-        with running.connect() as waiting:
-            waiting.sendall(LAST % b"/")
-            assert not select.select([waiting], [], [], 0.3)[0]
-            assert statuses(rest(waiting)) == [200]
+        assert statuses(running.exchange()) == [200]
+        assert time.monotonic() - began > 0.95
 
 
 def test_dripping_clients_beyond_the_limit(start: Callable) -> None:
@@ -234,7 +239,7 @@ def test_dripping_clients_beyond_the_limit(start: Callable) -> None:
         for _ in range(2):
             with running.connect() as honest:
                 honest.sendall(LAST % b"/")
-                deadline = time.monotonic() + 8  # it takes 2, on a machine that has nothing else to do
+                deadline = time.monotonic() + 30
                 while not select.select([honest], [], [], 0.2)[0]:
                     assert time.monotonic() < deadline, "kept out"
                     for number, client in enumerate(clients):
@@ -262,7 +267,7 @@ def test_no_more_files(start: Callable, tmp_path: pathlib.Path) -> None:
             (tmp_path / "release").touch()
             assert statuses(rest(waiting)) == [200]
         running.end()
-        assert 1 < len(running.messages()) < 5  # the first is that a hundred files do not hold connection_limit
+        assert len([message for message in running.messages() if message.startswith("no connection can be")]) == 1
 
 
 def cpu_seconds(process: int) -> float:
@@ -291,18 +296,19 @@ def test_memory_of_responses(start: Callable) -> None:
         assert memory(running.process.pid) - before < 30_000_000  # half of what they have asked for
 
 
-def test_memory_of_requests(start: Callable) -> None:
+def test_memory_of_requests(start: Callable, tmp_path: pathlib.Path) -> None:
     """Of the hundreds of requests that a packet holds only a few are taken up at a time; all are answered."""
     with start(READ_TIMEOUT="0.5", WAITRESS_THREADS="1") as running, running.connect() as connection:
         ask(connection)
         before = memory(running.process.pid)
         with contextlib.ExitStack() as clients, running.connect() as busy:
-            busy.sendall(GET % b"/slow")
+            busy.sendall(GET % b"/waits")
             for _ in range(100):
                 clients.enter_context(running.connect()).sendall(b"GET / HTTP/1.1\r\nHost:\r\n\r\n" * 300)
             connection.sendall(b"GET / HTTP/1.1\r\nHost:\r\n\r\n" * 300)
             assert statuses(running.exchange(b"half a request")) == [408]  # by the loop, which has read all by then
             assert memory(running.process.pid) - before < 20_000_000
+            (tmp_path / "release").touch()
         connection.sendall(LAST % b"/")
         assert statuses(rest(connection)) == [200] * 301
 
@@ -359,7 +365,7 @@ def test_costly_requests(running: Server, sent: bytes, status: int) -> None:
 def test_paused(start: Callable) -> None:
     """While the process is stopped, as by `docker pause`, it is not the clients who are slow."""
     last = LAST % b"/"
-    with start(**VARIABLES) as running, running.connect() as header, running.connect() as body:
+    with start(READ_TIMEOUT="1.5") as running, running.connect() as header, running.connect() as body:
         header.sendall(last[:20])
         body.sendall(SIZED % 2000 + bytes(20))
         assert statuses(running.exchange()) == [200]  # by now both have arrived

@@ -103,15 +103,15 @@ def test_knows_what_the_runtime_image_knows(services: Callable[[str], str]) -> N
 def test_tracebacks_name_their_lines(services: Callable[[str], str]) -> None:
     """A traceback shows the lines of the application, and says where in dependencies and library it passed."""
     code = """
-        import traceback, app, flask.json
-        for wrong in (lambda: app.is_name(None), lambda: flask.json.loads("{")):
+        import traceback, flask.json, serve.log
+        for wrong in (lambda: serve.log.timestamp(None), lambda: flask.json.loads("{")):
             try:
                 wrong()
             except (TypeError, ValueError):
                 print(traceback.format_exc())
         """
     said = python(services("minimal"), code)
-    assert re.search(r'/app/app.py", line \d+, in is_name\n +return len\(name\)', said)
+    assert re.search(r'/app/serve/log.py", line \d+, in timestamp\n +\S', said)
     assert re.search(r'flask/json/__init__.py", line \d+, in loads\n', said)
     assert re.search(r'/json/decoder.py", line \d+, in decode\n', said)
 
