@@ -147,14 +147,8 @@ def test_up_on_a_taken_port(ready: Project) -> None:
 def test_the_env_file_counts(ready: Project) -> None:
     """.env says what to serve and where, as for compose; the environment comes first."""
     ready.write({"mine/web.py": APP.format(text="from a folder") + "\n\ndef make():\n    return app\n"})
-    lines = [
-        b"# mine",
-        b"LOG_LEVEL=debug",
-        b"TITLE=two words",
-        b"APP_DIR='mine' # here",
-        b"export APP=web:make() # this",
-    ]
-    (ready.folder / ".env").write_bytes(b"\r\n".join([*lines, b"UID=1\nPORT=1"]))
+    text = "# mine\nLOG_LEVEL=debug\nTITLE=two words\nAPP_DIR='mine' # here\nexport APP=web:make() # a factory\n"
+    (ready.folder / ".env").write_bytes(text.replace("\n", "\r\n").encode() + b"UID=1\nPORT=1")
     ready.run("make", "up")
     assert get(url(ready) + "/") == (200, "from a folder")
 
