@@ -21,7 +21,7 @@ from serve.settings import Settings
 
 CHECK = 0.25  # seconds between two checks of all timeouts
 CHECK_CLOSING = 0.05  # the same, while somebody waits for the end
-PAUSED = 1.0  # seconds: a check later than this finds a process that was stopped
+PAUSED = 0.5  # seconds: a check later than this finds a process that was stopped
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # for one more open file
 # Without it, the system buffers megabytes for each client that does not read: memory that nothing here limits.
 SOCKET_OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2**17)] if hasattr(socket, "TCP_NOTSENT_LOWAT") else []

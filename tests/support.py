@@ -365,7 +365,7 @@ class Project:
     def name_files(self, *names: str) -> None:
         """Name files and folders of an application in the Dockerfile, as its comment says."""
         lines = "".join(f"COPY --chmod=u=rwX,go=rX ${{APP_DIR}}/{name} ./{name}\n" for name in names)
-        edit(self.folder / "Dockerfile", r"(?<=^COPY --chmod=u=rwX,go=rX \$\{APP_DIR\}/app.py ./\n)", lines)
+        edit(self.folder / "Dockerfile", "^# checked-hash", lines + "# checked-hash")
 
     def compose(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
         """Run a docker compose command in this copy."""

@@ -60,10 +60,9 @@ def test_an_edit_of_the_code_runs_no_pip(project: Project) -> None:
     steps_run(project)
     assert steps_run(project) == []
     project.append("app.py", f"\n# {uuid.uuid4()}\n")  # unlike any edit that an earlier run has left in the cache
-    copied, compiled, *others = steps_run(project)
-    assert "COPY" in copied and "app.py" in copied
-    assert "compileall" in compiled
-    assert all("WORKDIR" in step for step in others)
+    again = steps_run(project)
+    assert "app.py" in again[0]
+    assert [step for step in again if "RUN" in step] == [step for step in again if "compileall" in step] != []
 
 
 @pytest.mark.parametrize(
