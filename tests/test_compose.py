@@ -199,7 +199,7 @@ def test_dev_serves_what_you_edit(dev: Dev) -> None:
     dev.until("two three")
     project.write({"app.py": "app = (\n"})
     dev.until("was never closed", status=500)
-    assert "SyntaxError: '(' was never closed" in dev.log.read_text()
+    wait_until(lambda: "SyntaxError: '(' was never closed" in dev.log.read_text(), 10, "the error in the log")
     project.write({"app.py": APP.replace('"hello")', '"well")')})
     dev.until("two well")
     assert container_of(project, "dev") == container
