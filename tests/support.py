@@ -27,7 +27,7 @@ LAST = b"GET %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> object:
-    """Return the first true value of `condition`, asked every 10 ms; fail, naming `what`, after so many seconds."""
+    """Ask `condition` every 10 ms; return its first true value, or fail after `seconds`, naming `what`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"

@@ -159,7 +159,7 @@ def test_health(start: Callable) -> None:
 
 
 def test_its_data_outlive_its_container(project: Project) -> None:
-    """What was acknowledged survives `docker kill` and `down`, and another image; all but the data is read-only."""
+    """What was acknowledged survives `docker kill` and `down`, and another image; only /data and /tmp are writable."""
     (project.folder / "image.yaml").write_text(f"services: {{degrees: {{image: {project.name}}}}}\n")
     project.environ["COMPOSE_FILE"] = "examples/degrees/compose.yaml:image.yaml"
     project.compose("up", "--build", "--wait")

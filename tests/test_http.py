@@ -305,7 +305,7 @@ def test_refusal_arrives_while_the_client_sends(running: Server, header: bytes) 
 
 
 def test_refused_clients_do_not_stay(running: Server) -> None:
-    """Who goes on sending after a refusal is listened to for a moment only."""
+    """A client that goes on sending after a refusal is cut off after a moment."""
     with running.connect() as connection, pytest.raises(ConnectionError):
         connection.sendall(post(b"Content-Length: 8388608"))
         for _ in range(2000):

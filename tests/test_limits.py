@@ -78,7 +78,7 @@ def drip(connection: socket.socket, sent: bytes) -> bytes:
     ids=["line", "headers", "empty lines", "body", "chunks"],
 )
 def test_slow_request_gets_408(running: Server, begin: bytes, more: bytes) -> None:
-    """Who has not sent a whole request in time is answered 408, however steadily the bytes come, and closed."""
+    """A client that does not send a whole request in time gets 408 and is closed, however steadily its bytes come."""
     with running.connect() as connection:
         began = time.monotonic()
         connection.sendall(begin)
@@ -109,7 +109,7 @@ def test_slow_application(running: Server) -> None:
         assert statuses(connection.recv(1000)) == [200]
         connection.sendall(b"Host: a\r\nConnection: close\r\n\r\n")
         assert statuses(rest(connection)) == [200]
-    # One request in work is none that waits for one of four threads.
+    # The request was in work, so it was not waiting for a thread.
     assert not [message for message in running.messages() if "waiting for one of" in message]
 
 
@@ -148,9 +148,9 @@ def test_client_that_takes_too_little(start: Callable, read_timeout: str, taken:
 
 
 def test_client_that_takes_its_time(start: Callable) -> None:
-    """A client that takes a little of its response now and then is served for longer than READ_TIMEOUT.
+    """A client that reads slowly, but faster than 1 KiB/s, is served for longer than READ_TIMEOUT, though half-closed.
 
-    Its system acknowledges much less than the server's own has taken. Nor does it have to be able to send more.
+    What counts is what its system has acknowledged, not what the server's own has taken.
     """
     with start(READ_TIMEOUT="1") as running, running.connect(receive_buffer=4096) as connection:
         connection.sendall(LAST % b"/large")
@@ -174,7 +174,7 @@ def test_slow_upload(start: Callable) -> None:
 
 
 def test_idle_connections_go(start: Callable) -> None:
-    """Closed after WAITRESS_CHANNEL_TIMEOUT is who sends nothing but empty lines, not who has sent half a request."""
+    """WAITRESS_CHANNEL_TIMEOUT closes a client that sends only empty lines, but none that has sent half a request."""
     with (
         start(READ_TIMEOUT="1.5", WAITRESS_CHANNEL_TIMEOUT="1") as running,
         running.connect() as half,
@@ -356,7 +356,7 @@ def test_no_room_for_a_response(start: Callable, path: bytes) -> None:
     ids=["header of blanks", "chunks of a byte"],
 )
 def test_costly_requests(running: Server, sent: bytes, status: int) -> None:
-    """What could take time that grows with the square of its size is not pondered over while everybody waits."""
+    """A request that could take quadratic time to parse does not hold up everybody else."""
     answered = running.exchange(sent)
     assert statuses(answered) == [status]
     assert running.entries(request_id(answered))[0]["duration_ms"] < 5000  # or half a minute

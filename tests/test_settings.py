@@ -176,7 +176,7 @@ def test_every_setting_of_waitress_is_known() -> None:
     ],
 )
 def test_listens(start: Callable, bind: str | None, hosts: list[str]) -> None:
-    """It listens on IPv4 and IPv6 unless BIND says otherwise, and logs an address of each as one can use it."""
+    """It listens on IPv4 and IPv6 unless BIND says otherwise, and logs a usable address of each."""
     with start(BIND=bind) as running:
         for url, host in zip(running.listening(addresses=len(hosts)), hosts, strict=True):
             port = url.rpartition(":")[2]

@@ -212,7 +212,7 @@ def test_request_that_has_arrived(start: Callable) -> None:
         connections = [clients.enter_context(running.connect()) for _ in range(20)]
         for connection in connections:
             ask(connection)
-        time.sleep(1.6)  # who has been idle for a second is closed as soon as it stops
+        time.sleep(1.6)  # connections that have been idle for a second are closed as soon as it stops
         # As a busy machine does it: the server sleeps while all this happens, and learns of the signal first.
         running.process.send_signal(signal.SIGSTOP)
         time.sleep(0.4)  # by then its select() has expired
