@@ -1,6 +1,6 @@
-"""The greeting service: a Flask application, and nothing about how it is served (serve does that).
+"""The greeting service: a plain Flask application. Serving it is the job of serve/.
 
-To develop, with reload and debugger on this machine alone:
+To develop, with live reload and debugger, on this machine only:
 
     flask --app app run --debug
 """
@@ -16,28 +16,28 @@ NAME_RULE = (
     "none of them a control, format, surrogate, private-use or unassigned character"
 )
 
-# No files to serve: without this, /static/anything would be a route.
+# Without static_folder=None, Flask would add a route for /static/.
 app = Flask(__name__, static_folder=None)
 
 
 def text(body: str) -> Response:
-    """Return `body` and a newline as text/plain: a browser never takes a greeting for HTML, whatever the name."""
+    """Return `body` and a newline as text/plain, so that browsers never render a name as HTML."""
     return Response(f"{body}\n", mimetype="text/plain")
 
 
 def is_name(name: str) -> bool:
-    """Tell whether `name` can be greeted.
+    """Tell whether `name` follows NAME_RULE.
 
-    The rule's five kinds are Unicode's general categories that begin with C: Cc, Cf (the bidirectional overrides that
-    turn text around are among them), Cs, Co, Cn.
+    Its five kinds of characters are Unicode's general categories Cc, Cf (which includes the bidirectional overrides
+    that reverse text), Cs, Co and Cn.
     """
     return len(name) <= 100 and not any(unicodedata.category(character).startswith("C") for character in name)
 
 
 def path_is_utf8() -> bool:
-    """Tell whether the request's path is valid UTF-8: Flask has put U+FFFD where it is not, a character like others.
+    """Tell whether the request's path is valid UTF-8. Flask replaces invalid bytes by U+FFFD, a valid character.
 
-    WSGI carries the path's bytes as the latin-1 characters of a string (PEP 3333, "Unicode Issues").
+    WSGI passes the bytes of the path as latin-1 characters (PEP 3333, "Unicode Issues").
     """
     try:
         request.environ["PATH_INFO"].encode("latin-1").decode("utf-8")
@@ -54,7 +54,7 @@ def hello() -> Response:
 
 @app.get("/<name>")
 def hello_name(name: str) -> Response:
-    """Greet `name`, or answer 400 with the rule that it breaks."""
+    """Greet `name`, or answer 400 with NAME_RULE."""
     if not (path_is_utf8() and is_name(name)):
         abort(400, NAME_RULE)
     return text(f"Hello, {name}!")
@@ -62,7 +62,7 @@ def hello_name(name: str) -> Response:
 
 @app.get("/health")
 def health() -> Response:
-    """Tell that requests are answered, until the server says that it is about to stop. No cache may tell it for us."""
+    """Answer 200, or 503 once the server is about to stop. Not cacheable: a cache must not answer for the service."""
     draining = request.environ.get("serve.draining", False)
     body = json.dumps({"status": "draining" if draining else "ok"})
     response = Response(f"{body}\n", status=503 if draining else 200, mimetype="application/json")
@@ -72,7 +72,7 @@ def health() -> Response:
 
 @app.errorhandler(HTTPException)
 def one_line(error: HTTPException) -> Response:
-    """Answer an error, a crash of a view (500) included, in one line of text; headers such as Allow stay."""
+    """Answer errors, including crashed views (500), in one line of text. Headers such as Allow stay."""
     response = error.get_response()
     response.mimetype = "text/plain"
     response.data = f"{error.code} {error.name}: {error.description}\n"
@@ -81,6 +81,6 @@ def one_line(error: HTTPException) -> Response:
 
 @app.after_request
 def nosniff(response: Response) -> Response:
-    """Forbid browsers to guess another content type than the one we declare."""
+    """Tell browsers not to guess the content type."""
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response

@@ -1,8 +1,8 @@
-"""Runs a WSGI application with waitress's parts, as a container should be run: `python -m serve`.
+"""A WSGI server for containers, built on parts of waitress. Run it with `python -m serve`.
 
-From waitress come its settings, the parsing of headers, the call of the application. Ours are the loop, strictness,
-how long clients are waited for, the drain and the logs.
+waitress reads the settings, parses headers and calls the application. The event loop, stricter parsing, timeouts,
+draining and logs are ours.
 
-Read it in this order: settings, log, http (a request), response, channel (a connection), server (the loop and the
-drain), __main__ (the start).
+Read it in this order: settings, log, http (requests), response, channel (connections), server (the event loop and
+draining), __main__ (startup).
 """

@@ -23,15 +23,15 @@ from serve.response import Response
 if TYPE_CHECKING:
     from serve.server import Server
 
-# Bytes per second, averaged over READ_TIMEOUT, that a client has to send of a body, or take of a response. No phone's
-# line is slower. Without it, a client that takes a byte now and then holds a thread.
+# Bytes per second, averaged over READ_TIMEOUT, at which a client must send a body or take a response. Mobile networks
+# are faster. Without a minimum, a client that takes a byte now and then would hold a thread.
 MIN_RATE = 1024
-LINGER = 2.0  # seconds for a client to close its side, after its last response
-SHORT = 1.0  # second: the most that a client may take to send or close, while the server closes or is full
+LINGER = 2.0  # seconds for a client to close its side after its last response
+SHORT_TIMEOUT = 1.0  # seconds for a client to send or close, while the server is closing or full
 
 
 class State(enum.Enum):
-    """What a connection waits for."""
+    """What a connection is waiting for."""
 
     IDLE = "the next request"
     HEADER = "the rest of its header"
@@ -45,33 +45,31 @@ class Channel:
     """A connection.
 
     The main thread reads, closes, and sends what a client did not take at once. A worker thread calls service() to
-    answer a request. What both change is changed under `lock`, which is reentrant.
+    answer a request. `lock`, which is reentrant, protects what both change.
 
-    waitress's task, of which serve.response is made, asks a channel for `addr`, `server`, write_soon() and
-    check_client_disconnected().
+    waitress's WSGITask, the base of Response, uses `addr`, `server`, write_soon() and check_client_disconnected().
     """
 
     def __init__(self, server: "Server", connection: socket.socket, address: tuple) -> None:
-        """Begin to wait for the first request."""
         self.server, self.adj = server, server.adj
         self.socket, self.addr = connection, address
         self.lock = threading.Condition()
-        self.request: Request | None = None  # the one that is arriving
-        self.requests: list[Request] = []  # those that have arrived; the first is in work
-        self.unread = b""  # what has arrived after the last of these
-        self.outgoing: list[OverflowableBuffer | ReadOnlyFileBasedBuffer] = []  # what the client has still to take
-        self.tail_bytes = 0  # put into outgoing[-1] so far
+        self.request: Request | None = None  # the one still arriving
+        self.requests: list[Request] = []  # complete ones; the first is queued or being answered
+        self.unparsed = b""  # received after the last of these
+        self.outgoing: list[OverflowableBuffer | ReadOnlyFileBasedBuffer] = []  # buffered for the client
+        self.tail_bytes = 0  # written to outgoing[-1] so far
         self.sent = 0  # bytes
-        self.events = 0  # that the loop waits for
-        self.finished = False  # no more requests are answered
-        self.client_eof = False  # the client sends no more
+        self.events = 0  # for which the event loop waits
+        self.finished = False  # no further request will be answered
+        self.client_eof = False  # the client has closed its side
         self.half_closed = self.closed = False
         self.state, self.since, self.progress_then = State.IDLE, time.monotonic(), 0
 
     # ---- in the main thread ----
 
     def on_events(self, events: int) -> None:
-        """Send and read, as far as that is possible now."""
+        """Send and read what is possible without blocking."""
         with self.guard():
             if events & EVENT_WRITE:
                 self.flush()
@@ -81,7 +79,7 @@ class Channel:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Close the connection at whatever goes wrong with it: that must not end the server."""
+        """Log any error and close the connection: the error must not end the server."""
         try:
             yield
         except Exception:
@@ -89,7 +87,7 @@ class Channel:
             self.close()
 
     def read(self) -> None:
-        """Take what the client has sent, if it has sent anything."""
+        """Receive and parse what the client has sent; hand a request to the workers if none is in flight."""
         try:
             data = self.socket.recv(self.adj.recv_bytes)
         except BlockingIOError:
@@ -107,10 +105,10 @@ class Channel:
             self.update()
 
     def flush(self) -> None:
-        """Send what the client takes now."""
+        """Send from the buffers what the client takes now."""
         with self.lock:
             try:
-                for _ in range(4):  # blocks, then it is another connection's turn
+                for _ in range(4):  # blocks at most, then it is another connection's turn
                     if not self.outgoing:
                         break
                     block = self.outgoing[0].get(2**18)
@@ -118,7 +116,7 @@ class Channel:
                     self.sent += sent
                     self.outgoing[0].skip(sent, True)
                     if not block:
-                        if len(self.outgoing[0]):  # a file has become shorter: nothing else may follow in its place
+                        if len(self.outgoing[0]):  # a file became shorter: other data must not take its place
                             self.close()
                             break
                         self.outgoing.pop(0).close()
@@ -130,7 +128,7 @@ class Channel:
             self.lock.notify()
 
     def settle(self) -> None:
-        """Close what is finished; have the loop wait for the events that are wanted now."""
+        """Close the connection if it is done, else update the events that the loop waits for."""
         with self.lock:
             if self.closed:
                 return
@@ -139,7 +137,7 @@ class Channel:
                     self.close()
                     return
                 if not self.half_closed:
-                    # Only our side: close() would reset a client that still sends, and it would lose its response
+                    # Half-close: close() would reset a client that is still sending, and it would lose its response
                     # (RFC 9112, section 9.6).
                     self.half_closed = True
                     self.update()
@@ -149,21 +147,21 @@ class Channel:
                 self.server.watch(self, wanted)
 
     def close(self) -> None:
-        """Close the connection. A response that is being made meets ClientDisconnected."""
+        """Close the connection. A worker that is still sending gets ClientDisconnected."""
         with self.lock:
             self.closed = True
             self.server.forget(self)
             with suppress(OSError):
-                self.socket.shutdown(socket.SHUT_RDWR)  # if the application has forked, its child has the socket too
+                self.socket.shutdown(socket.SHUT_RDWR)  # a child that the application forked has the socket too
             self.socket.close()
             while self.outgoing:
-                with suppress(Exception):  # a file may find no room for its last bytes even then
+                with suppress(Exception):  # closing a file flushes it, which fails on a full disk
                     self.outgoing.pop().close()
             del self.requests[1:]
             self.lock.notify()
 
     def check(self, now: float) -> None:
-        """Close the connection, or answer 408, if its timeout has expired; `now` is time.monotonic()'s."""
+        """Close the connection, or answer 408, if its timeout has expired. `now` is time.monotonic()."""
         with self.guard():
             with self.lock:
                 self.update()
@@ -183,35 +181,35 @@ class Channel:
                 self.close()
 
     def timeout(self) -> float:
-        """Return for how many seconds from `since` on the client may keep us waiting."""
+        """Return how many seconds after `since` the client may keep us waiting."""
         timeouts = {State.IDLE: self.adj.channel_timeout, State.WORK: math.inf, State.HALF_CLOSED: LINGER}
         timeout = timeouts.get(self.state, self.server.settings.read_timeout)
         if (self.server.closing or self.server.full) and self.state not in {State.WORK, State.RESPONSE}:
-            return min(timeout, SHORT)
+            return min(timeout, SHORT_TIMEOUT)
         return timeout
 
     def progress(self) -> int:
-        """Return how many bytes of the body have arrived, or how many the client has taken of what was sent."""
+        """Return how many bytes of the body have arrived, or how many sent bytes the client has acknowledged."""
         return self.request.body_bytes_received if self.state == State.BODY else self.sent - self.unacknowledged()
 
     def unacknowledged(self) -> int:
-        """Return how many bytes the system's buffer, which may hold megabytes, still keeps for the client (or 0)."""
+        """Return how many bytes (up to megabytes) the kernel keeps until the client acknowledges them; 0 if unknown."""
         with suppress(OSError):
             return int.from_bytes(fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         return 0
 
     def time_out(self) -> None:
-        """Answer 408 to the request that is arriving. As it is the only one, no worker is about."""
+        """Answer 408 to the request that is arriving. It is the only one, so no worker uses this connection."""
         self.request.error = refusal("the request took too long to arrive", 408, "Request Timeout")
         self.requests.append(self.request)
         self.request = None
-        self.service()  # here, because there is no application to wait for
+        self.service()  # in the main thread, as there is no application to wait for
         self.settle()
 
     # ---- in a worker thread ----
 
     def service(self) -> None:
-        """Answer the first request."""
+        """Answer the first request; queue the next, if it has arrived."""
         request = self.requests[0]
         self.response = Response(self, request)
         self.response.make()
@@ -219,7 +217,7 @@ class Channel:
         with self.lock:
             self.requests.pop(0)
             self.finished |= self.response.close_on_finish
-            self.response = None  # and with it the environ, in which an application may keep much
+            self.response = None  # frees the environ, where the application may store a lot
             if self.finished or self.closed:
                 self.requests.clear()
             self.parse(b"")
@@ -227,14 +225,14 @@ class Channel:
             if self.requests:
                 self.server.tasks.put(self)
             else:
-                self.server.in_work.discard(self)
+                self.server.in_flight.discard(self)
             if self.finished or self.client_eof or self.server.closing or self.wanted() != self.events:
                 self.server.wake(self)
 
     def write_soon(self, *parts: bytes | ReadOnlyFileBasedBuffer) -> None:
-        """Send parts of a response, or keep what the client does not take at once; wait while too much is kept.
+        """Send or buffer parts of a response; first wait while more than outbuf_high_watermark is buffered.
 
-        Raises ClientDisconnected if there is nobody to take it.
+        Raises ClientDisconnected if the connection is closed or fails.
         """
         with self.lock:
             if isinstance(parts[0], ReadOnlyFileBasedBuffer) and not self.response.has_body:
@@ -243,7 +241,7 @@ class Channel:
             while sum(map(len, self.outgoing)) > self.adj.outbuf_high_watermark:
                 self.lock.wait()
             size = len(parts[-1])
-            self.put(*parts)
+            self.send(*parts)
             self.response.body_sent += size
             if self.outgoing:
                 self.update()
@@ -251,26 +249,26 @@ class Channel:
                     self.server.wake(self)
 
     def check_client_disconnected(self) -> bool:
-        """Tell the application, as environ["waitress.client_disconnected"](), whether the client has left."""
+        """Tell whether the client has left. The application calls it as environ["waitress.client_disconnected"]()."""
         return self.closed or self.client_eof
 
-    # ---- in either, under the lock ----
+    # ---- in either thread, with the lock held ----
 
     def parse(self, data: bytes) -> None:
-        """Make requests of what has arrived, up to the lookahead: one packet may hold hundreds."""
-        self.unread += data
-        while self.unread and len(self.requests) <= self.adj.channel_request_lookahead:
+        """Parse requests, but no more than the lookahead allows: one packet may hold hundreds."""
+        self.unparsed += data
+        while self.unparsed and len(self.requests) <= self.adj.channel_request_lookahead:
             if self.finished or self.closed or (self.requests and self.requests[-1].error):
-                self.unread = b""  # nothing of it will be answered
+                self.unparsed = b""  # it will not be answered
                 return
             self.request = self.request or Request(self.adj)
-            self.unread = self.unread[self.request.received(self.unread) :]
+            self.unparsed = self.unparsed[self.request.received(self.unparsed) :]
             if self.request.completed:
                 self.requests.append(self.request)
                 self.request = None
 
-    def put(self, *parts: bytes | ReadOnlyFileBasedBuffer) -> None:
-        """Send what can be sent now, and keep the rest; raises ClientDisconnected."""
+    def send(self, *parts: bytes | ReadOnlyFileBasedBuffer) -> None:
+        """Send what the socket takes now and buffer the rest. Raises ClientDisconnected."""
         if self.closed:
             raise ClientDisconnected
         sent = 0
@@ -281,37 +279,37 @@ class Channel:
                 self.sent += sent
             for part in parts:
                 if len(part) > sent:
-                    self.keep(part[sent:] if sent else part)
+                    self.buffer(part[sent:] if sent else part)
                 sent = max(0, sent - len(part))
         except OSError as error:
             if not isinstance(error, (ConnectionError, TimeoutError)):
-                log.error("A response is cut short: %s", error)  # a file has found no room for it
+                log.error("A response is cut short: %s", error)  # no room for it in a temporary file
             self.finished = True
             raise ClientDisconnected from error
 
-    def keep(self, part: bytes | ReadOnlyFileBasedBuffer) -> None:
-        """Keep a part until the client takes it."""
-        most = self.adj.outbuf_high_watermark
+    def buffer(self, part: bytes | ReadOnlyFileBasedBuffer) -> None:
+        """Buffer `part` until the client takes it."""
+        limit = self.adj.outbuf_high_watermark
         if isinstance(part, ReadOnlyFileBasedBuffer):
             self.outgoing.append(part)
-            self.tail_bytes = most
+            self.tail_bytes = limit
             return
-        if not self.outgoing or self.tail_bytes >= most:  # a buffer frees its room only when all of it is sent
+        if not self.outgoing or self.tail_bytes >= limit:  # a buffer frees its room only when all is sent
             self.outgoing.append(OverflowableBuffer(self.adj.outbuf_overflow))
             self.tail_bytes = 0
         self.outgoing[-1].append(part)
         self.tail_bytes += len(part)
 
     def update(self) -> None:
-        """Note what is waited for now, and since when. Send 100 Continue, if the client waits for that."""
+        """Update `state` and `since`. Send 100 Continue if the client waits for it (RFC 9110, section 10.1.1)."""
         if self.closed:
             return
         arriving = self.request and self.request.began
         if arriving and self.request.expect_continue and not (self.requests or self.finished):
             self.request.expect_continue = False
             with suppress(ClientDisconnected):
-                self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # What the system has not sent yet would be lost if the container ended now.
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # If the container ended now, what the client has not acknowledged would be lost.
         ends = (self.half_closed or self.server.closing) and not self.requests
         if self.outgoing or (ends and self.unacknowledged()):
             state = State.RESPONSE
@@ -328,12 +326,12 @@ class Channel:
             self.progress_then = self.progress() if state in {State.BODY, State.RESPONSE} else 0
 
     def wanted(self) -> int:
-        """Return the events that the loop is to wait for."""
+        """Return the events that the loop should wait for."""
         if self.half_closed:
             return EVENT_READ
         reads = not (self.finished or self.client_eof) and len(self.requests) <= self.adj.channel_request_lookahead
         return (EVENT_READ if reads else 0) | (EVENT_WRITE if self.outgoing else 0)
 
     def unanswered(self) -> int:
-        """Return how many requests have arrived and are not answered in full."""
+        """Return how many complete requests have not been answered in full."""
         return len(self.requests) or self.state == State.RESPONSE

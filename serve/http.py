@@ -1,4 +1,4 @@
-"""Requests, as they arrive. Stricter than waitress: we and any proxy must agree where each one ends."""
+"""Parses requests, more strictly than waitress: any proxy and this server must agree where each request ends."""
 
 import random
 import re
@@ -10,12 +10,12 @@ from waitress.parser import HTTPRequestParser
 from waitress.receiver import ChunkedReceiver
 from waitress.utilities import Error
 
-# RFC 9112, section 3: the parts of the request line stand between single spaces, and a target is visible ASCII.
+# RFC 9112, section 3: single spaces between the parts of the request line, and a target in visible ASCII.
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Z]+) ([!-~]+) HTTP/([0-9]\.[0-9])")
 TARGET = re.compile(rb"/|https?://[^/?#@]+(?:[/?]|$)", re.IGNORECASE)
-# A head (request line and headers), as far as it has arrived: lines end with CR LF, not one of them alone (RFC 9112,
-# section 2.2), begin with no blank (5.2: no folded lines), and have no control characters (RFC 9110, section 5.5).
-# At most 127 blanks in a row, because waitress's pattern takes quadratic time for them.
+# Request line and headers, as far as they have arrived. RFC 9112: lines end with CR LF, not CR or LF alone (section
+# 2.2), and are not folded (5.2). RFC 9110, section 5.5: no control characters.
+# At most 127 blanks in a row, because waitress's header pattern takes quadratic time for them.
 LINE = rb"[!-~\x80-\xff]++(?:[ \t]{1,127}+[!-~\x80-\xff]++)*+[ \t]{0,127}+"
 HEAD = re.compile(rb"(?:%b\r\n)*+(?:%b)?(?:\r\n?)?" % (LINE, LINE))
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
@@ -23,80 +23,79 @@ FRAMING = re.compile(rb"\r\n(content-length|content-type|host|transfer-encoding)
 # RFC 9110, section 7.2: uri-host [ ":" port ].
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]*)?")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-IDS = random.Random()  # noqa: S311 (no secret, so without a system call; our own, as an application may seed the other)
+IDS = random.Random()  # noqa: S311 (ids are not secret; our own, because the application may seed random's)
 
-# RFC 9112, section 7.1: a chunk's size and its extensions, of which nothing is used; a field of the trailer, likewise.
+# RFC 9112, section 7.1: a chunk's size with its extensions, and a trailer field. Both are checked, then ignored.
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (TOKEN, TOKEN, QUOTED)
 SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:%b)*" % EXTENSION)
 FIELD = re.compile(TOKEN + rb":[\t -~\x80-\xff]*")
-MAX_CHUNK_LINE = 2**13  # bytes; of the whole trailer too
+MAX_CHUNK_LINE = 2**13  # bytes; for the whole trailer too
 
 
 def refusal(why: str, code: int = 400, reason: str = "Bad Request") -> Error:
-    """Return the error to answer a request with, in place of the application."""
+    """Return the error to send in place of the application's response; `why` is its text, in one line."""
     error = Error(why)
     error.code, error.reason = code, reason
     return error
 
 
 class Request(HTTPRequestParser):
-    """One request, as it arrives: give it to received() until it is `completed`.
+    """One request. Pass what arrives to received() until it is `completed`.
 
-    Then it has an `error` to be answered, or is the application's: waitress has read its headers into `headers`,
-    `command`, `path` and so on, and its body into a buffer.
+    Then either `error` is set, or it is ready for the application: waitress has parsed its headers into `headers`,
+    `command`, `path` and so on, and stored its body in a buffer.
     """
 
-    version = "1.1"  # to answer a request that cannot be read
+    version = "1.1"  # for the response to a request that cannot be parsed
     command = request_uri = path = None
-    environ: dict | None = None  # the application's, where waitress notes what a trusted proxy says
-    began = 0.0  # when its first byte came, by time.monotonic()
+    environ: dict | None = None  # the application's; waitress adds what a trusted proxy says
+    began = 0.0  # time.monotonic() at its first byte
 
     def __init__(self, adj: Adjustments) -> None:
-        """Be ready for the first byte."""
         super().__init__(adj)
         self.head = b""
         self.id = f"{IDS.getrandbits(128):032x}"
 
     def received(self, data: bytes) -> int:
-        """Take what has arrived; return how many bytes of it belong to this request."""
+        """Parse `data`; return how many of its bytes belong to this request."""
         consumed = self.receive_body(data) if self.headers_finished else self.receive_head(data)
         self.completed = self.completed or bool(self.error)
         return consumed
 
     def receive_head(self, data: bytes) -> int:
-        """Take a part of the request line and headers."""
+        """Parse a part of the request line and headers; return how many bytes belong to them."""
         head = self.head + data
         head = head[EMPTY_LINES.match(head).end() :]
-        if not self.began and head not in {b"", b"\r"}:  # empty lines do not count (RFC 9112, section 2.2)
+        if not self.began and head not in {b"", b"\r"}:  # empty lines before it do not count (RFC 9112, section 2.2)
             self.began = time.monotonic()
         start, end, rest = head.partition(b"\r\n\r\n")
         self.head = head = start + end
         line, whole, _ = head.partition(b"\r\n")
         if whole:
-            with suppress(ValueError):  # for the log, whatever is wrong
+            with suppress(ValueError):  # for the log, even if the line is invalid
                 self.command, self.request_uri, _ = line.decode("latin-1").split(" ")
-        most = self.adj.max_request_header_size
-        if len(head) >= most:
+        limit = self.adj.max_request_header_size
+        if len(head) >= limit:
             self.error = refusal(
-                f"line and headers have less than {most} bytes", 431, "Request Header Fields Too Large"
+                f"request line and headers must be shorter than {limit} bytes", 431, "Request Header Fields Too Large"
             )
         elif not HEAD.fullmatch(head):
             self.error = refusal(
-                "a header has no control character, bare CR or LF, folded line, or 128 blanks in a row"
+                "headers must not contain control characters, bare CR or LF, folded lines, or 128 blanks in a row"
             )
         else:
             self.error = (whole and check_request_line(line)) or (end and self.parse_head(head)) or None
         return len(data) - len(rest)
 
     def parse_head(self, head: bytes) -> Error | None:
-        """Have waitress read a whole head; return what is wrong with it, if anything is."""
+        """Have waitress parse the complete request line and headers; return an error if they are invalid."""
         if error := check_framing(head):
             return error
         try:
             super().received(head)
-        except ValueError:  # a length of thousands of digits, a URL with half an IPv6 address
+        except ValueError:  # a length of thousands of digits, or a URL with half an IPv6 address
             return refusal("invalid Content-Length or URL")
         if self.error:
             return self.error
@@ -104,7 +103,7 @@ class Request(HTTPRequestParser):
         if host is None or not (HOST.fullmatch(host) and HOST.fullmatch(self.proxy_netloc)):
             return refusal("HTTP/1.1 needs exactly one valid Host header")
         if self.proxy_netloc:
-            # RFC 9112, section 3.2.2: the host of an absolute target takes the place of the Host header's.
+            # RFC 9112, section 3.2.2: the host of an absolute target replaces the Host header.
             self.headers["HOST"] = self.proxy_netloc
             self.path = self.path or "/"
         if REQUEST_ID.fullmatch(self.headers.get("X_REQUEST_ID", "")):
@@ -115,35 +114,35 @@ class Request(HTTPRequestParser):
         return None
 
     def receive_body(self, data: bytes) -> int:
-        """Take a part of the body."""
+        """Store a part of the body; return how many bytes belong to it."""
         try:
             return super().received(data)
-        except OSError:  # waitress keeps the larger part in a file, whose disk may be full
+        except OSError:  # waitress stores large bodies in a file; the disk may be full
             self.error = refusal("there is no room for the body", 503, "Service Unavailable")
             return len(data)
 
     def close(self) -> None:
-        """Throw the body away. Even that may fail, if its file has found no room for the last bytes."""
+        """Discard the body. Closing its file flushes it, which fails on a full disk."""
         with suppress(OSError):
             super().close()
 
 
 def check_request_line(line: bytes) -> Error | None:
-    """Return what is wrong with a request line, if anything is."""
+    """Return an error if the request line is invalid (RFC 9112, section 3)."""
     if not (match := REQUEST_LINE.fullmatch(line)):
-        return refusal("a request line is METHOD, target and HTTP/1.1, with a space between each")
+        return refusal("the request line must be METHOD, target and HTTP/1.1, separated by single spaces")
     method, target, version = match.groups()
-    if version not in {b"1.0", b"1.1"}:  # waitress takes all others for 1.0
+    if version not in {b"1.0", b"1.1"}:  # waitress would treat any other as 1.0
         return refusal("this server speaks HTTP/1.1 and HTTP/1.0", 505, "HTTP Version Not Supported")
     if method == b"CONNECT":
-        return refusal("this server is no proxy", 501, "Not Implemented")
+        return refusal("this server is not a proxy", 501, "Not Implemented")
     if not (TARGET.match(target) or (method, target) == (b"OPTIONS", b"*")):
-        return refusal("a target is a path that begins with /, or an http URL")
+        return refusal("the target must be a path that begins with /, or an http URL")
     return None
 
 
 def check_framing(head: bytes) -> Error | None:
-    """Return what could make servers disagree about where this request ends, if anything does."""
+    """Return an error if servers could read the headers differently, above all where the request ends."""
     fields = [(name.lower(), value) for name, value in FRAMING.findall(head)]
     lines = [value for name, value in fields if name == b"transfer-encoding"]
     names = {name for name, _ in fields}
@@ -151,28 +150,28 @@ def check_framing(head: bytes) -> Error | None:
         return refusal("Content-Length, Content-Type and Host must not be repeated")
     if not lines:
         return None
-    # RFC 9112, sections 6.1 and 6.3, and RFC 9110, section 5.6.1: empty elements of a list count for nothing.
+    # RFC 9112, sections 6.1 and 6.3. Empty list elements do not count (RFC 9110, section 5.6.1).
     codings = [coding for part in b",".join(lines).split(b",") if (coding := part.strip(b" \t").lower())]
     if codings[-1:] != [b"chunked"] or codings.count(b"chunked") > 1:
         return refusal("chunked must be the last transfer coding, and occur once")
     if b"content-length" in names or head.partition(b"\r\n")[0].endswith(b"1.0"):
-        return refusal("Transfer-Encoding goes neither with Content-Length nor with HTTP/1.0")
+        return refusal("Transfer-Encoding is not allowed with Content-Length or in HTTP/1.0")
     return None
 
 
 class ChunkedBody(ChunkedReceiver):
-    """A body in chunks (RFC 9112, section 7.1).
+    """A chunked body (RFC 9112, section 7.1). waitress calls received() until `completed` or `error` is set.
 
-    waitress's own accepts LF alone in places and anything as a trailer, and it appends each chunk by itself: a second
-    for 100 KB in chunks of a byte. waitress calls received() until `completed` or `error` is set.
+    waitress's own class accepts a bare LF in places and anything as a trailer. It also appends chunks one by one, which
+    takes a second for 100 KB in one-byte chunks.
     """
 
-    left = 0  # bytes still to come of this chunk and its CR LF
-    line = b""  # the beginning of a line
-    trailer = None  # bytes of it; None before it
+    left = 0  # bytes of this chunk still to come, with its CR LF
+    line = b""  # the part of a line that has arrived
+    trailer_size = None  # bytes so far; None until the last chunk
 
     def received(self, data: bytes) -> int:
-        """Take what has arrived; return how many bytes of it belong to this body."""
+        """Parse `data`; return how many of its bytes belong to this body."""
         taken, content = 0, []
         while taken < len(data) and not (self.completed or self.error):
             if self.left > 2:
@@ -188,27 +187,27 @@ class ChunkedBody(ChunkedReceiver):
                 end = data.find(b"\n", taken) + 1 or len(data)
                 self.line += data[taken:end]
                 taken = end
-                self.error = self.take_line()
+                self.error = self.parse_line()
         if content:
             self.buf.append(b"".join(content))
         return taken
 
-    def take_line(self) -> Error | None:
-        """Take a chunk's size or a line of the trailer, if it is whole; return what is wrong with it."""
+    def parse_line(self) -> Error | None:
+        """Parse a chunk's size or a trailer line, if complete; return an error if it is invalid."""
         line, whole, _ = self.line.partition(b"\r\n")
-        if len(self.line) + (self.trailer or 0) > MAX_CHUNK_LINE or (self.line.endswith(b"\n") and not whole):
+        if len(self.line) + (self.trailer_size or 0) > MAX_CHUNK_LINE or (self.line.endswith(b"\n") and not whole):
             return refusal("a line of a chunked body is too long, or does not end with CR LF")
         if not whole:
             return None
         self.line = b""
-        if self.trailer is None:
+        if self.trailer_size is None:
             if not (match := SIZE.fullmatch(line)):
-                return refusal("a chunk begins with its size in hexadecimal digits")
+                return refusal("a chunk must begin with its size in hexadecimal, then optional extensions")
             size = int(match[1], 16)
-            self.left, self.trailer = (size + 2, None) if size else (0, 0)
+            self.left, self.trailer_size = (size + 2, None) if size else (0, 0)
         else:
-            self.trailer += len(line)
+            self.trailer_size += len(line)
             self.completed = not line
             if line and not FIELD.fullmatch(line):
-                return refusal("invalid trailer")
+                return refusal("a trailer line must be a header field")
         return None

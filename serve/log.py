@@ -1,4 +1,4 @@
-"""The log: one JSON object a line; requests on standard output, everything else on standard error."""
+"""Logs in JSON, one object a line: requests on standard output, everything else on standard error."""
 
 import atexit
 import io
@@ -14,36 +14,36 @@ from json.encoder import encode_basestring_ascii
 
 log = logging.getLogger("serve")
 
-REPORT = 10.0  # seconds between two reports of the same trouble
+REPORT_INTERVAL = 10.0  # seconds between two reports of the same problem
 
-# The id of the request that the current thread works on.
+# The id of the request that the current thread is answering.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 class Writer(threading.Thread):
-    """Writes lines from a thread of its own, so that a stalled reader of the log stalls no request.
+    """Writes lines in a thread of its own: a stalled reader of the log must not stall requests.
 
-    With `delay` (seconds) it collects lines: to write each at once takes a third of a small request's time.
+    With `delay` (seconds) it writes in batches. Writing each line at once takes a third of a small request's time.
     """
 
-    LIMIT = 1_000_000  # bytes that may wait; lines beyond that are lost
+    LIMIT = 1_000_000  # bytes that may wait; further lines are lost
 
     def __init__(self, fd: int, name: str, delay: float = 0) -> None:
-        """Write to the file descriptor `fd`; `name` says in reports what that is."""
+        """Write to the file descriptor `fd`, which reports call `name`."""
         super().__init__(name=name, daemon=True)
         self.fd, self.delay, self.pid = fd, delay, os.getpid()
         self.lock, self.pending = threading.Lock(), threading.Event()
         self.lines: list[bytes] = []
         self.waiting = 0  # bytes
         self.lost = 0  # lines
-        self.reported = -REPORT
+        self.reported = -REPORT_INTERVAL
         self.start()
         writers.append(self)
 
     def write(self, line: str) -> None:
-        """Queue a line, which ends with a newline."""
+        """Queue `line`, which must end with a newline."""
         encoded = line.encode()
-        if os.getpid() != self.pid:  # a forked child does not have the thread
+        if os.getpid() != self.pid:  # a forked child does not run the thread
             os.write(self.fd, encoded)
             return
         with self.lock:
@@ -56,7 +56,7 @@ class Writer(threading.Thread):
             self.pending.set()
 
     def run(self) -> None:
-        """Write what is queued, again and again."""
+        """Write queued lines forever."""
         while self.pending.wait():
             time.sleep(self.delay)
             self.pending.clear()
@@ -65,9 +65,9 @@ class Writer(threading.Thread):
             while data:
                 try:
                     data = data[os.write(self.fd, data) :]
-                except BlockingIOError:  # whoever shares the descriptor has made it non-blocking
+                except BlockingIOError:  # another process that shares the descriptor made it non-blocking
                     time.sleep(0.02)
-                except OSError:  # nobody reads any more, or the disk is full
+                except OSError:  # the reader is gone, or the disk is full
                     data, failed = b"", data.count(b"\n")
             with self.lock:
                 del self.lines[: len(lines)]
@@ -76,47 +76,47 @@ class Writer(threading.Thread):
             self.report()
 
     def report(self) -> None:
-        """Log how many lines are lost, if any are, now and then."""
+        """Log how many lines were lost, if any, at most every REPORT_INTERVAL."""
         with self.lock:
-            if not self.lost or time.monotonic() < self.reported + REPORT:
+            if not self.lost or time.monotonic() < self.reported + REPORT_INTERVAL:
                 return
             lost, self.lost, self.reported = self.lost, 0, time.monotonic()
         log.warning("Lines of %s that could not be written: %d", self.name, lost)
 
     def finish(self) -> None:
-        """Wait until all is written, for half a second at most; the rest is lost."""
+        """Wait up to half a second until everything is written; the rest is lost."""
         if os.getpid() != self.pid:
             return
-        self.reported = -REPORT
+        self.reported = -REPORT_INTERVAL
         self.report()
         deadline = time.monotonic() + 0.5
         while self.waiting and time.monotonic() < deadline:
             time.sleep(0.005)
         with self.lock:
             self.lost += len(self.lines)
-            self.reported = -REPORT
+            self.reported = -REPORT_INTERVAL
         self.report()
 
 
 writers: list[Writer] = []
 
 
-@atexit.register  # registered first, so it runs after the application's functions
+@atexit.register  # registered before the application's functions, so it runs last
 def finish_logs() -> None:
-    """Write what is left; to standard error last, because the others report there."""
+    """Finish all writers, standard error last: the access log reports its lost lines there."""
     for writer in reversed(writers):
         writer.finish()
 
 
 class JSONFormatter(logging.Formatter):
-    """Makes a JSON object of each record."""
+    """Formats records as JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as JSON, without a newline."""
+        """Return `record` as a JSON object, without a newline."""
         entry = {"time": timestamp(record.created), "level": record.levelname, "logger": record.name}
         try:
             entry["message"] = record.getMessage()
-        except Exception as error:  # logging would print a traceback in place of the message
+        except Exception as error:  # logging would print a traceback instead
             entry["message"] = f"{record.msg if isinstance(record.msg, str) else type(record.msg)} ({error})"
         if identity := getattr(record, "request_id", None) or request_id.get():
             entry["request_id"] = str(identity)
@@ -128,27 +128,27 @@ class JSONFormatter(logging.Formatter):
 
 
 class ErrorStream(io.TextIOBase):
-    """environ["wsgi.errors"] (PEP 3333): logs what an application writes to it."""
+    """environ["wsgi.errors"] (PEP 3333): logs what the application writes to it."""
 
     def write(self, text: str) -> int:
-        """Log a text, without the white space at its end."""
+        """Log `text` without trailing white space."""
         if text.strip():
             logging.getLogger("wsgi.errors").error("%s", text.rstrip())
         return len(text)
 
 
 def log_as_json(level: str) -> logging.Handler:
-    """Send what the process logs and warns of to standard error, from `level` on; return the handler that does it."""
+    """Send logs from `level` up, warnings and uncaught exceptions to standard error; return the handler."""
 
     def log_thread(ended: threading.ExceptHookArgs) -> None:
         if not issubclass(ended.exc_type, SystemExit):
-            log.error("Thread %s has ended", ended.thread and ended.thread.name, exc_info=ended[:3])
+            log.error("Uncaught exception in thread %s", ended.thread and ended.thread.name, exc_info=ended[:3])
 
     handler = logging.StreamHandler(Writer(2, "standard error"))
     handler.setFormatter(JSONFormatter())
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)
-    # Not to the root logger: an application may make that write to wsgi.errors, which would be a loop.
+    # Not through the root logger: an application may send that to wsgi.errors, which would be a loop.
     logging.getLogger("wsgi.errors").addHandler(handler)
     logging.getLogger("wsgi.errors").propagate = False
     sys.excepthook = lambda *failure: log.critical("Uncaught exception", exc_info=failure)
@@ -157,8 +157,8 @@ def log_as_json(level: str) -> logging.Handler:
     return handler
 
 
-def log_after_all(handler: logging.Handler, level: str) -> None:
-    """Restore what an application's logging.config.dictConfig() has removed or disabled of ours."""
+def restore_logging(handler: logging.Handler, level: str) -> None:
+    """Restore our handler and loggers if logging.config.dictConfig() in the application removed or disabled them."""
     logging.basicConfig(handlers=[handler])
     for name in ("serve", "waitress", "wsgi.errors"):
         logging.getLogger(name).disabled = False
@@ -166,16 +166,16 @@ def log_after_all(handler: logging.Handler, level: str) -> None:
 
 
 def quoted(text: str | None) -> str:
-    """Return a text as JSON, in printable ASCII."""
+    """Return `text` as JSON in printable ASCII."""
     return "null" if text is None else encode_basestring_ascii(text)
 
 
 def timestamp(when: float) -> str:
-    """Return a time (seconds since the epoch) as RFC 3339 has it, in UTC, with milliseconds."""
+    """Format `when` (seconds since the epoch) as in RFC 3339, in UTC with milliseconds."""
     return f"{to_the_second(int(when))}.{int(when % 1 * 1000):03d}Z"
 
 
 @lru_cache(maxsize=1)
 def to_the_second(second: int) -> str:
-    """Return a time without the fraction; cached, because many requests share it."""
+    """Format a time without its fraction. Cached, because many requests share a second."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))

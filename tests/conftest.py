@@ -1,4 +1,4 @@
-"""Fixtures: the Docker Engine where there is one, and what is built and run with it."""
+"""Fixtures: running servers; the Docker Engine, if there is one, with images and containers; copies of the project."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from tests.support import ROOT, Project, Server, run, until_health
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need an engine: those whose fixtures do."""
+    """Mark each test as `docker` if one of its fixtures needs the engine."""
     for item in items:
         if "engine" in item.fixturenames:
             item.add_marker("docker")
@@ -22,20 +22,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def start(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Callable[..., Server]:
-    """A function that starts the server in `tmp_path` with an application, by default the module's APPLICATION."""
+    """A function that starts a server in `tmp_path`, by default with the test module's APPLICATION."""
     return lambda application=None, **options: Server(tmp_path, application or request.module.APPLICATION, **options)
 
 
 @pytest.fixture(scope="module")
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the module's APPLICATION and VARIABLES, for all tests that leave it as it is."""
+    """A server with the module's APPLICATION and VARIABLES, shared by the tests that do not change its state."""
     variables = getattr(request.module, "VARIABLES", {})
     with Server(tmp_path_factory.mktemp("running"), request.module.APPLICATION, **variables) as running:
         yield running
 
 
 def needs_docker(problem: str) -> None:
-    """Skip the test because of `problem`, or fail it where REQUIRE_DOCKER=1 says that Docker has to be there."""
+    """Skip the test because of `problem`; with REQUIRE_DOCKER=1 fail it instead."""
     if os.environ.get("REQUIRE_DOCKER") == "1":
         pytest.fail(f"REQUIRE_DOCKER=1, but {problem}")
     pytest.skip(problem)
@@ -43,7 +43,7 @@ def needs_docker(problem: str) -> None:
 
 @pytest.fixture(scope="session")
 def engine() -> None:
-    """A Docker Engine with compose that answers."""
+    """A running Docker Engine, and compose."""
     for command in (["docker", "info"], ["docker", "compose", "version"]):
         try:
             done = run(*command, check=False)
@@ -55,28 +55,28 @@ def engine() -> None:
 
 @pytest.fixture(scope="session")
 def base(engine: None) -> str:
-    """The base image, found or pulled."""
+    """The base image, pulled if it is missing."""
     default = re.search(r"^FROM (\S+) AS pinned$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
     name = os.environ.get("PYTHON_IMAGE") or default
     if (
         run("docker", "image", "inspect", name, check=False).returncode
         and run("docker", "pull", name, check=False).returncode
     ):
-        needs_docker(f"the base image {name} can neither be found nor pulled")
+        needs_docker(f"the base image {name} is missing and cannot be pulled")
     return name
 
 
 @pytest.fixture(scope="session", params=["runtime", "minimal"])
 def target(request: pytest.FixtureRequest) -> str:
-    """A target of the Dockerfile that runs the service: a test that asks for it runs with either."""
+    """A target of the Dockerfile that runs the service; a test that uses it runs once for each."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def images(base: str) -> Iterator[Callable[[str], str]]:
-    """A function that returns the image that `docker build --target TARGET .` gives.
+    """A function that builds a target of the Dockerfile and returns the image's name.
 
-    Each is built once in each of pytest's processes: by the first of them; the others find it in the cache.
+    Each pytest process builds a target once; all but the first find it in the build cache.
     """
     with ExitStack() as stack:
 
@@ -98,9 +98,9 @@ def image(images: Callable[[str], str], target: str) -> str:
 
 @pytest.fixture(scope="session")
 def services(images: Callable[[str], str]) -> Iterator[Callable[[str], str]]:
-    """A function that returns a container with the service, of the image of a target, without network.
+    """A function that returns a healthy container of a target, without network.
 
-    Each is started once, for tests that leave it as it is.
+    Each is started once and shared by the tests that do not change its state.
     """
     with ExitStack() as stack:
 
@@ -116,13 +116,13 @@ def services(images: Callable[[str], str]) -> Iterator[Callable[[str], str]]:
 
 @pytest.fixture
 def service(services: Callable[[str], str], target: str) -> str:
-    """That container of a target."""
+    """The shared container of a target."""
     return services(target)
 
 
 @pytest.fixture
 def container(engine: None) -> Iterator[Callable[..., str]]:
-    """A function that starts a container (options, image, command) and returns its id; it goes when the test ends."""
+    """A function that starts a container (options, image, command), removed after the test, and returns its id."""
     with ExitStack() as stack:
 
         def start(*arguments: object) -> str:
@@ -135,13 +135,13 @@ def container(engine: None) -> Iterator[Callable[..., str]]:
 
 @pytest.fixture
 def copy(tmp_path: pathlib.Path) -> Project:
-    """A copy of the project, to be changed."""
+    """A copy of the project, for tests that build and start nothing in Docker."""
     return Project(tmp_path / "project")
 
 
 @pytest.fixture
 def project(base: str, copy: Project) -> Iterator[Project]:
-    """A copy of the project whose containers, networks and images go when the test ends."""
+    """A copy of the project; its containers, networks and images are removed after the test."""
     copy.environ["PYTHON_IMAGE"] = base
     with copy:
         yield copy

@@ -1,4 +1,4 @@
-"""What several test modules need: waiting, asking over HTTP, running commands, copies of the project."""
+"""Helpers for the tests: waiting, HTTP requests, running commands, a running server, copies of the project."""
 
 import json
 import os
@@ -21,13 +21,13 @@ from contextlib import contextmanager
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# Requests for a target; after the second, the connection is closed.
+# Requests for a target; the second closes the connection.
 GET = b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n"
 LAST = b"GET %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> object:
-    """Ask `condition` every 10 ms; return its first true value, or fail after `seconds`, naming `what`."""
+    """Call `condition` every 10 ms and return its first true value; after `seconds` fail, naming `what`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
@@ -36,17 +36,17 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> ob
 
 
 def get(url: str) -> tuple[int, str]:
-    """Return the status and the body that `url` answers with."""
+    """Request `url`; return the status and the body."""
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status, answer.read().decode()
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read().decode()
 
 
 def run(*command: object, check: bool = True, **options: object) -> subprocess.CompletedProcess:
-    """Run a command and return it, ended, with its output as text; with `check`, fail with that output if it fails."""
+    """Run a command; return its exit code and its output as text. With `check`, raise AssertionError if it fails."""
     options = {"capture_output": True, "text": True, "timeout": 600, "stdin": subprocess.DEVNULL} | options
     done = subprocess.run([str(part) for part in command], check=False, **options)
     if check and done.returncode:
@@ -55,13 +55,13 @@ def run(*command: object, check: bool = True, **options: object) -> subprocess.C
 
 
 def free_port(host: str) -> int:
-    """Return a port on which nobody listens."""
+    """Return a port that is not in use."""
     with socket.create_server((host, 0)) as listener:
         return listener.getsockname()[1]
 
 
 def listens(address: tuple[str, int]) -> bool:
-    """Tell whether somebody listens there."""
+    """Return whether `address` accepts connections."""
     try:
         socket.create_connection(address, 5).close()
     except ConnectionRefusedError:
@@ -70,29 +70,29 @@ def listens(address: tuple[str, int]) -> bool:
 
 
 def edit(path: pathlib.Path, pattern: str, replacement: str, count: int = 1) -> None:
-    """Replace the first `count` matches of a pattern in a file (0: all); fail if there is none."""
+    """Replace the first `count` matches of a pattern in a file (0: all); fail if nothing matches."""
     text, found = re.subn(pattern, replacement, path.read_text(), count=count, flags=re.MULTILINE)
     assert found
     path.write_text(text)
 
 
 def rest(connection: socket.socket) -> bytes:
-    """Return what a connection brings until it is closed."""
+    """Return everything that arrives until the connection is closed."""
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def statuses(answers: bytes) -> list[int]:
-    """Return the status of each answer in what a server has sent."""
-    return [int(code) for code in re.findall(rb"HTTP/1\.[01] ([0-9]{3}) ", answers)]
+def statuses(responses: bytes) -> list[int]:
+    """Return the status of each response."""
+    return [int(code) for code in re.findall(rb"HTTP/1\.[01] ([0-9]{3}) ", responses)]
 
 
 def request_id(response: bytes) -> str:
-    """Return the id that a response says its request has."""
+    """Return the X-Request-ID of a response."""
     return re.search(rb"\r\nX-Request-ID: (.*)\r\n", response)[1].decode()
 
 
-def answer(connection: socket.socket) -> bytes:
-    """Return one answer, whose body is as long as its Content-Length says."""
+def read_response(connection: socket.socket) -> bytes:
+    """Read one response, which must have a Content-Length."""
     received = b""
     while b"\r\n\r\n" not in received:
         part = connection.recv(1)
@@ -107,19 +107,19 @@ def answer(connection: socket.socket) -> bytes:
 
 
 def ask(connection: socket.socket, target: bytes = b"/") -> bytes:
-    """Ask for `target`; return the answer."""
+    """Request `target`; return the response."""
     connection.sendall(GET % target)
-    return answer(connection)
+    return read_response(connection)
 
 
-def unanswered_until_gone(address: tuple[str, int], stop: Callable[[], object]) -> list[Exception]:
-    """Stop a server while eight clients send requests without a pause; return the errors that they met.
+def errors_while_stopping(address: tuple[str, int], stop: Callable[[], object]) -> list[Exception]:
+    """Stop a server while eight clients send requests without a pause; return the clients' errors.
 
-    Told to close its connection a client makes another, until nobody listens any more.
+    A client that is told to close its connection opens another, until the server refuses connections.
     """
     failures, answered = [], [0] * 8
 
-    def insist(number: int) -> None:
+    def send_requests(number: int) -> None:
         while True:
             try:
                 connection = socket.create_connection(address, 10)
@@ -132,20 +132,20 @@ def unanswered_until_gone(address: tuple[str, int], stop: Callable[[], object]) 
             except (OSError, AssertionError) as failure:
                 failures.append(failure)
 
-    clients = [threading.Thread(target=insist, args=[number], daemon=True) for number in range(len(answered))]
+    clients = [threading.Thread(target=send_requests, args=[number], daemon=True) for number in range(len(answered))]
     for client in clients:
         client.start()
-    wait_until(lambda: min(answered) > 20, 30, "every client to have asked")
+    wait_until(lambda: min(answered) > 20, 30, "every client to get 20 responses")
     stop()
     for client in clients:
         client.join(30)
-        assert not client.is_alive(), "somebody listens still"
+        assert not client.is_alive(), "the server still accepts connections"
     return failures
 
 
 @contextmanager
 def many_files() -> Iterator[None]:
-    """Raise this process's limit of open files to 3000, or as far as it may."""
+    """Raise this process's limit on open files to 3000, or to its hard limit if that is lower."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(3000, before[1]), before[1]))
     try:
@@ -155,7 +155,7 @@ def many_files() -> Iterator[None]:
 
 
 class Server:
-    """`python -m serve` with an application in a folder, until the `with` block ends; and what it has written."""
+    """`python -m serve`, run in a folder until the `with` block ends, and its logs."""
 
     def __init__(
         self,
@@ -166,10 +166,10 @@ class Server:
         stderr: int | None = None,
         **environ: str | None,
     ) -> None:
-        """Write `application` to app.py, and start.
+        """Write `application` to app.py and start the server.
 
-        `files` are its soft and hard limit of open files, `stdout` and `stderr` where its logs go; a variable that is
-        None is not set. It listens on a free port of 127.0.0.1 unless BIND and PORT say otherwise.
+        `files` are the soft and hard limit on open files; `stdout` and `stderr` are file descriptors for the logs.
+        A variable that is None is not set. The default is to listen on a free port of 127.0.0.1.
         """
         if application is not None:
             (folder / "app.py").write_text(application)
@@ -189,30 +189,29 @@ class Server:
             )
 
     def __enter__(self) -> "Server":
-        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill it, if it has not ended."""
+        """Kill the server if it still runs; print its logs."""
         self.process.kill()
         self.process.wait()
-        print(self.log.read_text(), self.access_log.read_text(), sep="\n")  # pytest shows it if the test fails
+        print(self.log.read_text(), self.access_log.read_text(), sep="\n")  # pytest shows this if the test fails
 
     def logged(self) -> list[dict]:
-        """Return the entries of the log on standard error so far."""
+        """Return the log entries on standard error so far."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def messages(self) -> list[str]:
-        """Return the messages among them, without those of a usual start and stop."""
-        usual = re.compile("Serving on .*|Draining: .*|Closing: .*|Stopped")
-        return [entry["message"] for entry in self.logged() if not usual.fullmatch(entry["message"])]
+        """Return their messages, without those of a normal start and stop."""
+        normal = re.compile("Serving on .*|Draining: .*|Closing: .*|Stopped")
+        return [entry["message"] for entry in self.logged() if not normal.fullmatch(entry["message"])]
 
     def until_said(self, word: str) -> None:
-        """Wait for a message that begins with `word`."""
+        """Wait until a message that begins with `word` is logged."""
         wait_until(lambda: any(entry["message"].startswith(word) for entry in self.logged()), 10, word)
 
     def requests(self, count: int) -> list[dict]:
-        """Return the entries of the access log, once there are so many; fail if there are more."""
+        """Wait until the access log has `count` entries; return them. Fail if there are more."""
         entries = wait_until(
             lambda: (lines := self.access_log.read_text().splitlines()) and len(lines) >= count and lines,
             10,
@@ -222,9 +221,9 @@ class Server:
         return [json.loads(line) for line in entries]
 
     def entries(self, identity: str, count: int = 1, log: pathlib.Path | None = None) -> list[dict]:
-        """Return what the access log, or another, has of the request with an id, once there are so many entries.
+        """Wait until the access log, or `log`, has `count` entries with a request id; return them.
 
-        Fail if any line there is not one object of printable ASCII.
+        Fail if any line there is not a JSON object in printable ASCII.
         """
 
         def found() -> list[dict] | None:
@@ -234,102 +233,99 @@ class Server:
             found = [entry for entry in entries if entry.get("request_id") == identity]
             return found if len(found) >= count else None
 
-        return wait_until(found, 10, f"{count} entries of {identity}")
+        return wait_until(found, 10, f"{count} entries with request id {identity}")
 
     def listening(self, addresses: int = 1) -> list[str]:
-        """Return the URLs that it says it serves on, as soon as it has said so many."""
+        """Wait until the server has logged `addresses` URLs that it listens on; return them."""
 
-        def said() -> list[str]:
-            assert self.process.poll() is None, f"it ended before it served: {self.log.read_text()}"
+        def logged() -> list[str]:
+            assert self.process.poll() is None, f"the server ended too early: {self.log.read_text()}"
             return re.findall(r'"Serving on ([^"]+)"', self.log.read_text())
 
-        return wait_until(lambda: len(said()) >= addresses and said(), 30, f"{addresses} addresses")
+        return wait_until(lambda: len(logged()) >= addresses and logged(), 30, f"{addresses} addresses")
 
     def address(self) -> tuple[str, int]:
-        """Return the first address that it listens on."""
+        """Return the first address that the server listens on."""
         host, port = self.listening()[0].removeprefix("http://").rsplit(":", 1)
         return host.strip("[]"), int(port)
 
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
-        """Return a connection to that; with a small buffer, the client's kernel takes little that nobody reads."""
+        """Connect to that address. With a small receive buffer, the kernel keeps little unread data."""
         if not receive_buffer:
             return socket.create_connection(self.address(), 30)
         connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)  # counts only before connect()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)  # must be set before connect()
         connection.settimeout(30)
         connection.connect(self.address())
         return connection
 
     def exchange(self, sent: bytes = LAST % b"/") -> bytes:
-        """Return what comes back on a connection of its own until the server closes it."""
+        """Send on a new connection; return everything that arrives until the server closes it."""
         with self.connect() as connection:
             connection.sendall(sent)
             return rest(connection)
 
     def stop(self) -> None:
-        """Tell it to stop."""
+        """Send SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
 
     def ended(self) -> int:
-        """Return the exit code, once it has ended."""
+        """Wait until the server has ended; return its exit code."""
         return self.process.wait(30)
 
     def end(self) -> None:
-        """Stop it, which has to go well: its log is complete then."""
+        """Stop the server and check its exit code; after that its logs are complete."""
         self.stop()
         assert self.ended() == 0
 
 
 def inspect(name: str, field: str) -> object:
-    """Return a field of what the engine knows of a container or an image."""
+    """Return one field of `docker inspect` for a container or an image."""
     return json.loads(run("docker", "inspect", "--format", f"{{{{json {field}}}}}", name).stdout)
 
 
 def until_health(container: str, status: str = "healthy") -> None:
-    """Wait until the engine finds a container healthy, or unhealthy."""
+    """Wait until a container has this health status."""
     wait_until(lambda: inspect(container, ".State.Health.Status") == status, 60, f"{container} to be {status}")
 
 
 def python(container: str, code: str, *options: str) -> str:
-    """Run Python code in a container that is running; return what it prints."""
+    """Run Python code in a running container; return what it prints."""
     return run("docker", "exec", *options, container, "python", "-c", textwrap.dedent(code)).stdout.strip()
 
 
 class Project:
-    """A copy of the project in a folder of its own, whose images, containers and networks no other run has.
+    """A copy of the project, whose images, containers and networks have unique names.
 
-    Those go when the `with` block ends.
+    They are removed when the `with` block ends.
     """
 
     def __init__(self, folder: pathlib.Path, **environ: str) -> None:
-        """Copy the project to `folder`; commands in it get `environ`."""
+        """Copy the project to `folder`; commands run there get `environ`."""
         self.folder = folder
         self.name = name = f"flask-helloworld-test-{uuid.uuid4().hex[:8]}"
         left_out = shutil.ignore_patterns(".git", ".venv*", ".env", ".serve.*", "__pycache__", ".*_cache", "wheels")
         shutil.copytree(ROOT, folder, ignore=left_out)
-        # Another image name, so that an image of the user's own under the usual one stays what it is.
-        images = {"web": name, "test": f"{name}-tests", "dev": f"{name}-dev"}
-        override = {"services": {service: {"image": image} for service, image in images.items()}}
-        (folder / "override.yaml").write_text(json.dumps(override))
+        # Other image names, so that the user's own images are not overwritten.
+        for path in folder.rglob("compose.yaml"):
+            path.write_text(path.read_text().replace("image: flask-helloworld", f"image: {name}"))
         self.environ = os.environ | {
-            "COMPOSE_FILE": "compose.yaml:override.yaml",
             "COMPOSE_PROJECT_NAME": name,
             "BIND": "127.0.0.1",
-            "PORT": "0",  # the engine takes a free one
+            "PORT": "0",  # any free port
             "TARGET": "runtime",
         }
-        # As a user's shell has it: this run's own virtual environment and make must not reach into the copy's.
+        # Variables of this test run must not affect commands in the copy.
         makes = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "REQUIRE_DOCKER")
-        for variable in (*makes, "APP_DIR", "PIP_CONF"):
+        for variable in (*makes, "COMPOSE_FILE", "APP_DIR", "PIP_CONF"):
             self.environ.pop(variable, None)
         self.environ |= environ
 
     def __enter__(self) -> "Project":
-        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what was built and started."""
+        """Remove containers, networks, volumes and images."""
         self.compose("--profile", "*", "down", "--rmi", "all", "--volumes", "--timeout", "1")
 
     def run(self, *command: object, **options: object) -> subprocess.CompletedProcess:
@@ -338,23 +334,23 @@ class Project:
         return run(*command, cwd=self.folder, env=environ, **options)
 
     def build(self, *arguments: object, **options: object) -> subprocess.CompletedProcess:
-        """Build this copy's image with docker, under the name that compose gives it here."""
+        """Run docker build in this copy; the image gets the same name as from compose."""
         command = ["docker", "build", "--build-arg", "PYTHON_IMAGE", "--tag", self.name, *arguments, "."]
         return self.run(*command, **options)
 
     def write(self, files: dict[str, str]) -> None:
-        """Write files with these texts."""
+        """Write files, given as name and text."""
         for name, text in files.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).write_text(text)
 
     def append(self, name: str, text: str) -> None:
-        """Add a text to the end of a file."""
+        """Append a text to a file."""
         with (self.folder / name).open("a") as file:
             file.write(text)
 
     def make_private(self) -> None:
-        """Let only the owner read what is there, as in a clone that was made under umask 077.
+        """Make everything readable by the owner only, as in a clone made under umask 077.
 
         Except the locks and docker/: only root reads them in the build, and another mode would miss the build cache.
         """
@@ -363,7 +359,7 @@ class Project:
                 path.chmod(path.stat().st_mode & 0o700)
 
     def name_files(self, *names: str) -> None:
-        """Name files and folders of an application in the Dockerfile, as its comment says."""
+        """Add a COPY line to the Dockerfile for each of these files and folders."""
         lines = "".join(f"COPY --chmod=u=rwX,go=rX ${{APP_DIR}}/{name} ./{name}\n" for name in names)
         edit(self.folder / "Dockerfile", "^# checked-hash", lines + "# checked-hash")
 
@@ -372,5 +368,5 @@ class Project:
         return self.run("docker", "compose", *arguments, **options)
 
     def url(self, service: str = "web") -> str:
-        """Return where compose has published a service."""
+        """Return the URL at which compose publishes a service."""
         return "http://" + self.compose("port", service, "5000").stdout.strip()

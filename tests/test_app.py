@@ -1,4 +1,4 @@
-"""The routes, the names that are greeted and those that are not, the errors."""
+"""The greeting service: routes, valid and invalid names, errors."""
 
 import re
 from collections.abc import Callable
@@ -8,29 +8,27 @@ import pytest
 from werkzeug.test import TestResponse
 
 import app as greeting
-from tests.support import ROOT
 
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """A function that asks the application for a path, and checks what holds for every answer.
+    """A function that requests a path and checks what holds for every response.
 
-    Browsers are told to take its type as declared; an error is one line of text that begins with the status and does
-    not repeat what was asked for.
+    Every response has a nosniff header. An error is one line of text: the status and why, without the path.
     """
-    monkeypatch.setitem(greeting.app.config, "PROPAGATE_EXCEPTIONS", value=False)  # a crash is answered, not raised
+    monkeypatch.setitem(greeting.app.config, "PROPAGATE_EXCEPTIONS", value=False)  # a crash gives a 500
     client = greeting.app.test_client()
 
     def ask(path: str, method: str = "GET", **environ: object) -> TestResponse:
-        # Byte for byte as a WSGI server passes it on: the client would mend bad UTF-8.
+        # Set the bytes as a WSGI server would: the test client would repair invalid UTF-8.
         environ["PATH_INFO"] = unquote_to_bytes(path).decode("latin-1")
-        answer = client.open(method=method, environ_overrides=environ)
-        assert answer.headers["X-Content-Type-Options"] == "nosniff"
-        if answer.status_code >= 400 and answer.mimetype != "application/json":
-            assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
-            assert re.fullmatch(f"{answer.status_code} .+\n", answer.text)
-            assert path[1:] not in answer.text or path == "/"
-        return answer
+        response = client.open(method=method, environ_overrides=environ)
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        if response.status_code >= 400 and response.mimetype != "application/json":
+            assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+            assert re.fullmatch(f"{response.status_code} .+\n", response.text)
+            assert path[1:] not in response.text or path == "/"
+        return response
 
     return ask
 
@@ -50,66 +48,58 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable:
     ],
 )
 def test_greets(ask: Callable, path: str, text: str) -> None:
-    """The root greets the world and a name is greeted as it is, as text that no browser takes for HTML."""
-    answer = ask(path)
-    assert (answer.status_code, answer.text) == (200, text)
-    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+    """/ greets the world and /NAME greets the name, unchanged and as plain text."""
+    response = ask(path)
+    assert (response.status_code, response.text) == (200, text)
+    assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
 @pytest.mark.parametrize(
     "path",
     [
         "/" + "n" * 101,
-        "/Joe%0A",  # control
+        "/Joe%0A",  # a control character
         "/a%0D%0ASet-Cookie:x",
-        "/%E2%80%AEeoJ",  # format: right-to-left override
-        "/a%E2%80%8Bb",  # format: zero-width space
+        "/%E2%80%AEeoJ",  # a format character: right-to-left override
+        "/a%E2%80%8Bb",  # a format character: zero-width space
         "/%EE%80%80",  # private use
         "/%CD%B8",  # unassigned
-        "/Joe%C3",  # no UTF-8: cut off
-        "/%C0%AF",  # no UTF-8: overlong
+        "/Joe%C3",  # invalid UTF-8: truncated
+        "/%C0%AF",  # invalid UTF-8: overlong
         "/%ED%A0%80",  # surrogate
     ],
 )
-def test_refuses_a_name(ask: Callable, path: str) -> None:
-    """A name that could forge a line, turn text around or hide is answered 400 with the rule, not with itself."""
-    answer = ask(path)
-    assert (answer.status_code, answer.text) == (400, f"400 Bad Request: {greeting.NAME_RULE}\n")
-
-
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the image has no README")
-def test_the_readme_shows_what_is_answered(ask: Callable) -> None:
-    """Each curl in the README prints what stands below it."""
-    shown = re.findall(r"^\$ curl localhost:5000(/\S*)\n(.*\n)", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(shown) == 3
-    assert [(path, ask(path).text) for path, _ in shown] == shown
+def test_invalid_name(ask: Callable, path: str) -> None:
+    """A name that is too long, has a forbidden character or is not UTF-8 is answered 400 with the rule for names."""
+    response = ask(path)
+    assert (response.status_code, response.text) == (400, f"400 Bad Request: {greeting.NAME_RULE}\n")
 
 
 @pytest.mark.parametrize(("draining", "status", "word"), [(False, 200, "ok"), (True, 503, "draining")])
 def test_health(ask: Callable, *, draining: bool, status: int, word: str) -> None:
-    """/health is not a name; it says in JSON that no cache keeps whether the server is fine or about to stop."""
-    answer = ask("/health", **{"serve.draining": draining})
-    assert (answer.status_code, answer.text) == (status, f'{{"status": "{word}"}}\n')
-    assert (answer.mimetype, answer.headers["Cache-Control"]) == ("application/json", "no-store")
+    """/health returns JSON that must not be cached: 200 ok, or 503 draining while the server shuts down."""
+    response = ask("/health", **{"serve.draining": draining})
+    assert (response.status_code, response.text) == (status, f'{{"status": "{word}"}}\n')
+    assert (response.mimetype, response.headers["Cache-Control"]) == ("application/json", "no-store")
 
 
 @pytest.mark.parametrize("path", ["/a/b", "/Joe/", "/health/", "/static/app.py", "/../app.py"])
 def test_unknown_path(ask: Callable, path: str) -> None:
-    """A path that is no route is answered 404: no redirect, no file."""
+    """An unknown path is answered 404, without a redirect or a file."""
     assert ask(path).status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/", "/Joe", "/health"])
 @pytest.mark.parametrize("method", ["POST", "DELETE"])
 def test_wrong_method(ask: Callable, method: str, path: str) -> None:
-    """A method that a route has not is answered 405 with those that it has."""
-    answer = ask(path, method)
-    assert (answer.status_code, set(answer.allow)) == (405, {"GET", "HEAD", "OPTIONS"})
+    """A method that the route does not support is answered 405, and Allow lists those that it does."""
+    response = ask(path, method)
+    assert (response.status_code, set(response.allow)) == (405, {"GET", "HEAD", "OPTIONS"})
 
 
 def test_crash(ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A view that raises is answered 500 without a word of why."""
+    """A view that raises an exception is answered 500, without details."""
     monkeypatch.setitem(greeting.app.view_functions, "hello", lambda: {}["secret"])
-    answer = ask("/")
-    assert answer.status_code == 500
-    assert "secret" not in answer.text
+    response = ask("/")
+    assert response.status_code == 500
+    assert "secret" not in response.text

@@ -1,4 +1,4 @@
-"""The build on a real engine: what gets in, what stops it, locks, private indexes, no network, one digest."""
+"""The build on a real engine: cache, failures, contents, private index, no network, locks."""
 
 import base64
 import gzip
@@ -36,18 +36,18 @@ def wheel(name: str, version: str, code: str) -> bytes:
     return file.getvalue()
 
 
-def give_tools(project: Project) -> None:
-    """Give a copy of the project the tools of this run; its own would take long to install."""
+def link_tools(project: Project) -> None:
+    """Use this run's tools as the copy's .venv: installing them takes long."""
     (project.folder / ".venv").mkdir()
     (project.folder / ".venv/bin").symlink_to(pathlib.Path(sys.executable).parent)
     (project.folder / ".venv/ready").touch()
 
 
-# ---- What runs again, what stops it, what gets in --------------------------------------------------------------------
+# ---- Cache, failures, contents ---------------------------------------------------------------------------------------
 
 
-def steps_run(project: Project) -> list[str]:
-    """Build the copy; return the steps of the Dockerfile that the cache did not have."""
+def build_uncached(project: Project) -> list[str]:
+    """Build the copy; return the Dockerfile steps that were not cached."""
     done = project.build("--progress", "plain")
     steps = dict(re.findall(r"^#(\d+) (\[\S+ \d+/\d+\] (?!FROM).+)$", done.stderr, re.MULTILINE))
     assert steps
@@ -55,12 +55,12 @@ def steps_run(project: Project) -> list[str]:
     return [instruction for number, instruction in steps.items() if number not in cached]
 
 
-def test_an_edit_of_the_code_runs_no_pip(project: Project) -> None:
-    """After an edit of app.py only the steps that take the code in run again; without one, none."""
-    steps_run(project)
-    assert steps_run(project) == []
-    project.append("app.py", f"\n# {uuid.uuid4()}\n")  # unlike any edit that an earlier run has left in the cache
-    again = steps_run(project)
+def test_a_code_edit_runs_no_pip(project: Project) -> None:
+    """After an edit of app.py, only the steps that copy and compile the code run again; without an edit, none."""
+    build_uncached(project)
+    assert build_uncached(project) == []
+    project.append("app.py", f"\n# {uuid.uuid4()}\n")  # unique, so not cached by an earlier run
+    again = build_uncached(project)
     assert "app.py" in again[0]
     assert [step for step in again if "RUN" in step] == [step for step in again if "compileall" in step] != []
 
@@ -68,30 +68,30 @@ def test_an_edit_of_the_code_runs_no_pip(project: Project) -> None:
 @pytest.mark.parametrize(
     ("name", "pattern", "replacement", "message"),
     [
-        # The lock has two hashes for some packages: none may fit.
+        # The lock has two hashes for some packages: change them all.
         ("requirements.txt", "sha256:....", "sha256:0000", "THESE PACKAGES DO NOT MATCH THE HASHES"),
         ("requirements.txt", r"^werkzeug==(?s:.)*?\n(?=\S|\Z)", "", "all requirements must have their versions pinned"),
         ("app.py", r"\A", "app = (\n", "SyntaxError"),
     ],
     ids=["tampered hash", "incomplete lock", "syntax error"],
 )
-def test_what_stops_the_build(project: Project, name: str, pattern: str, replacement: str, message: str) -> None:
-    """A wheel that is not the locked one, a lock that is not whole, code that does not compile: no image, and why."""
+def test_build_failures(project: Project, name: str, pattern: str, replacement: str, message: str) -> None:
+    """A wrong hash, an incomplete lock or a syntax error fails the build, with a message that says why."""
     edit(project.folder / name, pattern, replacement, count=0)
     done = project.build(check=False)
     assert done.returncode != 0
     assert message in done.stderr
 
 
-OWN = {"app.py", "healthcheck.py", *(f"serve/{path.name}" for path in (ROOT / "serve").glob("*.py"))}
-PUBLIC = {"static/deep/style.css", "static/.well-known/security.txt"}
-SECRET = {"infra/terraform.tfstate", ".env", "pip.conf", "id_rsa", "dump.sql", "more.py", "tests/more.py"}
-SECRET |= {f"static/{name}" for name in (".env", ".git/config", "server.key", "deep/ca.pem", "x.sqlite3-wal")}
+CODE = {"app.py", "healthcheck.py", *(f"serve/{path.name}" for path in (ROOT / "serve").glob("*.py"))}
+STATIC = {"static/deep/style.css", "static/.well-known/security.txt"}
+LEFT_OUT = {"infra/terraform.tfstate", ".env", "pip.conf", "id_rsa", "dump.sql", "more.py", "tests/more.py"}
+LEFT_OUT |= {f"static/{name}" for name in (".env", ".git/config", "server.key", "deep/ca.pem", "x.sqlite3-wal")}
 
 
-def test_only_what_is_named_gets_in(project: Project, target: str, container: Callable) -> None:
-    """What COPY names gets in, readable from a private clone too; of a folder no hidden files, keys and databases."""
-    project.write(dict.fromkeys(PUBLIC | SECRET, "secret = 1\n"))
+def test_image_has_only_what_copy_names(project: Project, target: str, container: Callable) -> None:
+    """Only what COPY names gets in, readable even from a private clone; hidden files, keys and databases stay out."""
+    project.write(dict.fromkeys(STATIC | LEFT_OUT, "secret = 1\n"))
     project.make_private()
     project.name_files("static")
     project.build("--target", target)
@@ -102,20 +102,20 @@ def test_only_what_is_named_gets_in(project: Project, target: str, container: Ca
                 print(path.relative_to('/app'))
         """
     found = set(python(container(project.name), code).splitlines())
-    assert found >= OWN | PUBLIC
-    assert not found & SECRET
+    assert found >= CODE | STATIC
+    assert not found & LEFT_OUT
 
 
-# ---- Where PyPI is not reachable -------------------------------------------------------------------------------------
+# ---- Private index, no network ---------------------------------------------------------------------------------------
 
-NAME = "helloworld_private_test"  # which PyPI does not have
+NAME = "helloworld_private_test"  # not on PyPI
 
 
 @pytest.fixture
 def index(engine: None, tmp_path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """The address and the password of an index with one package, where a build finds it."""
+    """The address and password of a private index with one package, which builds can reach."""
     if sys.platform != "linux":
-        needs_docker("a build reaches this machine by the bridge's address on Linux only")
+        needs_docker("only on Linux can a build reach this machine at the bridge's address")
     password = secrets.token_hex(16)
     credentials = base64.b64encode(f"me:{password}".encode()).decode()
     package = tmp_path / "simple" / NAME.replace("_", "-") / f"{NAME}-1.0-py3-none-any.whl"
@@ -124,11 +124,11 @@ def index(engine: None, tmp_path: pathlib.Path) -> Iterator[tuple[str, str]]:
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def send_head(self) -> object:
-            known = self.headers["Authorization"] == f"Basic {credentials}"
-            return super().send_head() if known else self.send_error(401)
+            authorized = self.headers["Authorization"] == f"Basic {credentials}"
+            return super().send_head() if authorized else self.send_error(401)
 
         def end_headers(self) -> None:
-            self.send_header("Cache-Control", "max-age=600")  # so that pip may keep what it gets
+            self.send_header("Cache-Control", "max-age=600")  # lets pip cache it
             super().end_headers()
 
     gateway = "{{(index .IPAM.Config 0).Gateway}}"
@@ -139,8 +139,8 @@ def index(engine: None, tmp_path: pathlib.Path) -> Iterator[tuple[str, str]]:
         server.shutdown()
 
 
-def saved(image: str, folder: pathlib.Path) -> list[bytes]:
-    """Return what an image is made of: its layers, unpacked, and its configuration with history and labels."""
+def image_blobs(image: str, folder: pathlib.Path) -> list[bytes]:
+    """Return an image's blobs: its layers, unpacked, and its configuration with history and labels."""
     run("docker", "save", "--output", folder / "image.tar", image)
     with tarfile.open(folder / "image.tar") as archive:
         blobs = [archive.extractfile(blob).read() for blob in archive if blob.isfile()]
@@ -149,13 +149,13 @@ def saved(image: str, folder: pathlib.Path) -> list[bytes]:
 
 @pytest.mark.slow
 def test_pip_conf_stays_secret(project: Project, index: tuple[str, str], tmp_path: pathlib.Path) -> None:
-    """Packages are locked and installed from an index with a password, which gets into no layer, history or cache."""
+    """Packages are locked and installed from a private index; its password stays out of layers, history and caches."""
     address, password = index
     conf, wrong = tmp_path / "pip.conf", tmp_path / "wrong.conf"
     for path, secret in (conf, password), (wrong, "wrong"):
         url, host = f"http://me:{secret}@{address}/simple/", address.partition(":")[0]
         path.write_text(f"[global]\nextra-index-url = {url}\ntrusted-host = {host}\n")
-    project.write({"requirements.in": f"{NAME}\n", "requirements-dev.in": ""})  # no tools: they are locked too
+    project.write({"requirements.in": f"{NAME}\n", "requirements-dev.in": ""})  # no tools, which `make lock` locks too
     project.run("make", "lock", environ={"PIP_CONF": str(conf)})
     lock = (project.folder / "requirements.txt").read_text()
     assert lock.startswith(f"{NAME.replace('_', '-')}==1.0 ")
@@ -165,21 +165,21 @@ def test_pip_conf_stays_secret(project: Project, index: tuple[str, str], tmp_pat
     assert "401 Error, Credentials not correct" in done.stderr
     for target in ("builder", "minimal", "runtime"):
         project.build(f"--secret=id=pip_conf,src={conf}", f"--target={target}")
-        blobs = saved(project.name, tmp_path)
+        blobs = image_blobs(project.name, tmp_path)
         assert not any(password.encode() in blob for blob in blobs)
-        assert any(NAME.encode() in blob for blob in blobs)  # so a secret would be seen
+        assert any(NAME.encode() in blob for blob in blobs)  # so the password would be found
     caches = set(re.findall("--mount=type=cache,target=([^ ]+)", (ROOT / "Dockerfile").read_text()))
     mounts = " ".join(f"--mount=type=cache,id={path},target=/cache{path}" for path in sorted(caches))
-    look = f"FROM {project.environ['PYTHON_IMAGE']}\nRUN {mounts} ls -R /cache && ! grep -rla {password} /cache\n"
-    project.write({"look.Dockerfile": look})
-    project.build("--file=look.Dockerfile", "--no-cache")
+    search = f"FROM {project.environ['PYTHON_IMAGE']}\nRUN {mounts} ls -R /cache && ! grep -rla {password} /cache\n"
+    project.write({"search.Dockerfile": search})
+    project.build("--file=search.Dockerfile", "--no-cache")
 
 
 @pytest.mark.slow
 def test_a_build_without_network(project: Project) -> None:
-    """With the locked wheels in a folder the build takes no network, and checks their hashes all the same."""
+    """With the locked wheels in a folder, the build needs no network and still checks their hashes."""
     project.run("make", "wheels")
-    project.write({"wheels/new": str(uuid.uuid4())})  # or the build cache may have it all
+    project.write({"wheels/new": str(uuid.uuid4())})  # so that the install step is not cached
     offline = ["--network=none", "--build-context=wheels=wheels", "--output=type=cacheonly"]
     project.build(*offline)
     [path] = (project.folder / "wheels").glob("waitress-*")
@@ -189,29 +189,10 @@ def test_a_build_without_network(project: Project) -> None:
     assert "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr
 
 
-# ---- One commit, one image -------------------------------------------------------------------------------------------
+# ---- "Make it yours", and locks --------------------------------------------------------------------------------------
 
-
-@pytest.mark.slow
-def test_two_builds_give_one_digest(project: Project) -> None:
-    """`make reproduce` builds both images of a release to the same digests twice, one clone under a private umask."""
-    if "containerd" not in run("docker", "info", "--format", "{{.DriverStatus}}").stdout:
-        needs_docker("the engine has no containerd image store")
-    project.run("git", "init", "--quiet")
-    project.run("git", "add", "--all")
-    me = ["-c", "user.name=tests", "-c", "user.email=tests@example.org"]
-    # An old commit, as every file made after it gets its time. A step may be another build's, from a minute ago.
-    old = {"GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z"}
-    project.run("git", *me, "commit", "--quiet", "--message", "test", environ=old)
-    done = project.run("make", "reproduce", check=False)
-    assert re.fullmatch(r"scripts/reproduce\nminimal\tsha256:\w{64}\nruntime\tsha256:\w{64}\n", done.stdout)
-    assert done.returncode == 0
-
-
-# ---- "Make it yours": an application of somebody's own ---------------------------------------------------------------
-
-# A factory in a folder of its own, a module beside it, templates, static files, and a package that is linked with a
-# library of the base (libstdc++).
+# A factory in a folder of its own, with a module, templates and static files. greenlet is linked with libstdc++, a
+# library of the base image.
 YOURS = {
     ".env": "APP_DIR=services/api\nAPP=app:create_app()\n",
     "services/api/app.py": """
@@ -236,18 +217,18 @@ def create_app():
 
 @pytest.mark.slow
 def test_make_it_yours(project: Project) -> None:
-    """README's steps: requirements.in, app.py, its files, `make lock up`. Before, `make check` finds the old lock."""
+    """The README's steps give a running service; `make check` reports the outdated lock, `make lock` keeps its pins."""
     lock = project.folder / "requirements.txt"
-    edit(lock, r"^jinja2==(?s:.)*?\n(?=\S)", "jinja2==3.1.5\n")  # an older release, to be kept
+    edit(lock, r"^jinja2==(?s:.)*?\n(?=\S)", "jinja2==3.1.5\n")  # an older release, which must stay
     pins = re.findall(r"^\S+==\S+", lock.read_text(), re.MULTILINE)
-    project.write({"requirements-dev.in": ""})  # no tools: they are locked too
+    project.write({"requirements-dev.in": ""})  # no tools, which `make lock` locks too
     project.append("requirements.in", "greenlet\n")
-    give_tools(project)
+    link_tools(project)
     done = project.run("make", "check", check=False)
     assert done.returncode != 0
     assert re.search(r"^> greenlet==", done.stdout, re.MULTILINE)
     project.write(YOURS)
-    dockerfile = project.folder / "Dockerfile"  # without the lines of the application that is there
+    dockerfile = project.folder / "Dockerfile"  # drop the COPY lines of the present application
     dockerfile.write_text(re.sub(r"(?m)^COPY .*\$\{APP_DIR\}/(?!app\.py).*\n", "", dockerfile.read_text()))
     project.name_files("greetings.py", "templates", "static")
     project.run("make", "lock")
@@ -262,10 +243,10 @@ def test_make_it_yours(project: Project) -> None:
 
 @pytest.mark.slow
 def test_pip_compile_gives_the_same_lock(copy: Project) -> None:
-    """Plain pip-compile finds every hash and comment of the lock from its pins, and needs no engine."""
-    give_tools(copy)
+    """Plain pip-compile, without an engine, restores the lock's hashes and comments from its pins."""
+    link_tools(copy)
     lock = copy.folder / "requirements.txt"
-    whole = lock.read_text()
-    lock.write_text("\n".join(re.findall(r"^\S+==\S+", whole, re.MULTILINE)))
+    original = lock.read_text()
+    lock.write_text("\n".join(re.findall(r"^\S+==\S+", original, re.MULTILINE)))
     copy.run(".venv/bin/pip-compile", "--quiet")
-    assert lock.read_text() == whole
+    assert lock.read_text() == original

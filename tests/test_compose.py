@@ -1,4 +1,4 @@
-"""docker compose with a copy of the project: up, what its container may do, down; the tests inside; `make dev`."""
+"""docker compose on a copy of the project: up and down, limits, the tests inside the image, `make dev`."""
 
 import json
 import os
@@ -20,7 +20,7 @@ if not (ROOT / "compose.yaml").exists():
 
 
 def container_of(project: Project, service: str = "web") -> str:
-    """Return the id of the container that runs a service; empty if there is none."""
+    """Return the id of a service's running container; empty if there is none."""
     return project.compose("ps", "--quiet", service, check=False).stdout.strip()
 
 
@@ -29,22 +29,22 @@ def container_of(project: Project, service: str = "web") -> str:
 
 @pytest.fixture(scope="module")
 def up(base: str, target: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A copy of the project whose service is up, for tests that leave it as it is."""
+    """A copy of the project whose service is up, shared by tests that do not change it."""
     with Project(tmp_path_factory.mktemp("up") / "project", PYTHON_IMAGE=base, TARGET=target) as project:
         project.compose("up", "--build", "--wait")
         yield project
 
 
 def test_up_serves(up: Project) -> None:
-    """After `up --wait` it serves: on 127.0.0.1 alone, and other containers by the name of the service."""
+    """After `up --wait` it serves: on 127.0.0.1 only, and to other containers under the name `web`."""
     assert up.url().startswith("http://127.0.0.1:")
     assert get(up.url() + "/health")[0] == 200
     code = "import urllib.request; print(urllib.request.urlopen('http://web:5000/health').status)"
     assert up.compose("run", "--rm", "--no-TTY", "web", "python", "-c", code).stdout == "200\n"
 
 
-def test_read_only_unprivileged_and_bounded(up: Project, target: str) -> None:
-    """It can write to /tmp alone, has no capabilities and cannot get any; memory, CPU and processes are bounded."""
+def test_read_only_unprivileged_and_limited(up: Project, target: str) -> None:
+    """It can write only to /tmp, has no privileges and can gain none; memory, CPU and processes are limited."""
     name = container_of(up)
     host = inspect(name, ".HostConfig")
     assert (host["Tmpfs"], host["CapDrop"]) == ({"/tmp": "size=64m"}, ["ALL"])
@@ -60,27 +60,27 @@ def test_read_only_unprivileged_and_bounded(up: Project, target: str) -> None:
     writable, process, shell = python(name, code).splitlines()
     assert writable == "['/tmp']"
     assert process == r"['CapEff:\t0000000000000000\n', 'NoNewPrivs:\t1\n']"
-    assert shell == str(target == "runtime")  # TARGET has reached the build
+    assert shell == str(target == "runtime")  # so TARGET has reached the build
 
 
 @pytest.mark.parametrize("target", ["runtime"], indirect=True)
 @pytest.mark.parametrize(("clients", "size"), [(700, 500_000), (1900, 32_000)])
 def test_many_unfinished_uploads(up: Project, clients: int, size: int) -> None:
-    """Clients that stop in the middle of their uploads, many or large, neither get it killed nor keep others out."""
+    """Unfinished uploads, many or large, neither get the service killed nor keep other clients out."""
     name = container_of(up)
     [network] = inspect(name, ".NetworkSettings.Networks").values()
-    half = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n".encode() + bytes(size - 1)
+    unfinished = f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {size}\r\n\r\n".encode() + bytes(size - 1)
     with many_files(), ExitStack() as stack:
         for _ in range(clients):
             client = stack.enter_context(socket.create_connection((network["IPAddress"], 5000), 20))
-            with suppress(OSError):  # some are refused, for lack of room
-                client.sendall(half)
+            with suppress(OSError):  # some are refused, for lack of space
+                client.sendall(unfinished)
         assert get(up.url() + "/health")[0] == 200
     assert (inspect(name, ".State.OOMKilled"), inspect(name, ".RestartCount")) == (False, 0)
 
 
-def test_env_says_where_and_down_removes(project: Project) -> None:
-    """BIND and PORT of .env say where it is published; `stop` lets it end by itself, `down` leaves nothing."""
+def test_env_file_stop_and_down(project: Project) -> None:
+    """BIND and PORT in .env set the published address; `stop` ends with exit code 0; `down` removes all containers."""
     port = free_port("127.0.0.2")
     del project.environ["BIND"], project.environ["PORT"]
     project.write({".env": f"BIND=127.0.0.2\nPORT={port}\n"})
@@ -95,16 +95,16 @@ def test_env_says_where_and_down_removes(project: Project) -> None:
 
 
 def test_defaults(copy: Project, engine: None) -> None:
-    """With nothing set, it is 127.0.0.1:5000 and the Dockerfile's own base image."""
-    for variable in ("BIND", "PORT", "PYTHON_IMAGE", "COMPOSE_FILE", "TARGET"):
+    """By default, compose builds `runtime` on the Dockerfile's own base and publishes it at 127.0.0.1:5000."""
+    for variable in ("BIND", "PORT", "PYTHON_IMAGE", "TARGET"):
         copy.environ.pop(variable, None)
     web = json.loads(copy.compose("config", "--format", "json").stdout)["services"]["web"]
-    assert (web["image"], web["build"]["target"], web["build"].get("args")) == ("flask-helloworld", "runtime", None)
+    assert (web["image"], web["build"]["target"], web["build"].get("args")) == (copy.name, "runtime", None)
     assert (web["ports"][0]["host_ip"], web["ports"][0]["published"]) == ("127.0.0.1", "5000")
 
 
-def test_dev_and_test_are_kept_apart(copy: Project, engine: None) -> None:
-    """The debugger stays on this machine even if BIND opens the service; neither dev nor test gets its data."""
+def test_dev_and_test_are_isolated(copy: Project, engine: None) -> None:
+    """Even if BIND opens the service, `dev` stays on 127.0.0.1; neither `dev` nor `test` mounts the service's data."""
     edit(copy.folder / "compose.yaml", "^    read_only: true$", '    read_only: true\n    volumes: ["data:/data"]')
     edit(copy.folder / "compose.yaml", "^secrets:$", "volumes: { data: }\nsecrets:")
     config = copy.compose("--profile", "*", "config", "--format", "json", environ={"BIND": "0.0.0.0"}).stdout
@@ -120,11 +120,11 @@ def test_dev_and_test_are_kept_apart(copy: Project, engine: None) -> None:
 
 
 @pytest.mark.slow
-def test_the_tests_pass_inside_of_the_image(project: Project) -> None:
-    """The profile `test` runs, in the image's own Python, every test that needs no engine, from a private clone too."""
+def test_the_tests_pass_in_the_image(project: Project) -> None:
+    """`compose run test` passes in the image's own Python, even if only the owner can read the clone."""
     project.make_private()
     done = project.compose("run", "--build", "--rm", "--no-TTY", "test")
-    assert " passed" in done.stdout  # or all may have been skipped
+    assert " passed" in done.stdout  # so not all were skipped
 
 
 # ---- make dev --------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def hello():
 
 
 class Dev:
-    """`make dev` in a copy of the project, in the foreground of a terminal of its own."""
+    """`make dev` in a copy of the project, in a process group of its own, as in a terminal."""
 
     def __init__(self, project: Project) -> None:
         """Start it; its output goes to a file."""
@@ -155,20 +155,20 @@ class Dev:
             )
 
     def until(self, text: str, status: int = 200) -> None:
-        """Wait until `/` is answered with a status and a text in it."""
+        """Wait until the response to `/` has this status and contains this text."""
 
-        def answers() -> bool:
-            with suppress(OSError, HTTPException):  # nothing listens yet, or for a moment nothing
-                answered, body = get(f"http://127.0.0.1:{self.project.environ['PORT']}/")
-                if answered == status and text in body:
+        def matches() -> bool:
+            with suppress(OSError, HTTPException):  # nothing listens yet, or during a reload
+                actual, body = get(f"http://127.0.0.1:{self.project.environ['PORT']}/")
+                if actual == status and text in body:
                     return True
-            time.sleep(0.2)  # the debugger keeps each error in memory
+            time.sleep(0.2)  # not more often: the debugger keeps each error in memory
             return False
 
-        wait_until(answers, 120, repr(text))
+        wait_until(matches, 120, repr(text))
 
     def interrupt(self) -> None:
-        """Do what Ctrl-C does."""
+        """Interrupt it as Ctrl-C does, and wait until it has ended."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(60)
@@ -176,7 +176,7 @@ class Dev:
 
 @pytest.fixture
 def dev(project: Project) -> Iterator[Dev]:
-    """`make dev` with an application that has a template, in a folder that is readable for its owner alone."""
+    """`make dev` with an application that has a template, in a folder that only its owner can read."""
     project.write({"app.py": APP, "templates/hello.html": "one {{ greeting }}"})
     project.make_private()
     running = Dev(project)
@@ -189,7 +189,7 @@ def dev(project: Project) -> Iterator[Dev]:
 
 
 def test_dev_serves_what_you_edit(dev: Dev) -> None:
-    """Code, a template, a new module, the mending of a syntax error: each edit is served; Ctrl-C leaves nothing."""
+    """One container serves each edit: a template, a new module, a syntax error and its fix. Ctrl-C stops it."""
     project, container = dev.project, container_of(dev.project, "dev")
     project.write({"templates/hello.html": "two {{ greeting }}"})
     dev.until("two hello")
@@ -208,13 +208,13 @@ def test_dev_serves_what_you_edit(dev: Dev) -> None:
 
 
 @pytest.mark.slow
-def test_dev_installs_what_the_lock_gets(dev: Dev) -> None:
-    """A package that a lock has got is there a moment later; that the application failed until then is no hindrance."""
+def test_dev_installs_newly_locked_packages(dev: Dev) -> None:
+    """A package added to the lock is installed in a new container, even if the application fails until then."""
     before = container_of(dev.project, "dev")
     dev.project.write({"app.py": f"import iniconfig\n{APP}".replace('"hello")', "iniconfig.__name__)")})
     dev.until("No module named", status=500)
     [locked] = re.findall(r"^iniconfig==(?s:.)*?\n(?=\S)", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
     dev.project.append("requirements.txt", locked)
-    # Not asking meanwhile: the debugger keeps each error, and two hundred of them fill the container's memory.
-    wait_until(lambda: container_of(dev.project, "dev") not in ("", before), 300, "another container")
+    # No requests meanwhile: the debugger keeps each error, and two hundred fill the container's memory.
+    wait_until(lambda: container_of(dev.project, "dev") not in ("", before), 300, "a new container")
     dev.until("one iniconfig")

@@ -1,4 +1,4 @@
-"""The application of examples/degrees: its routes, what it refuses, and that its data survive."""
+"""The application in examples/degrees: its routes, what it refuses, and that its data survive."""
 
 import json
 import os
@@ -19,7 +19,7 @@ if not EXAMPLE.is_dir():
     pytest.skip("examples/degrees is not here", allow_module_level=True)
 
 SEED = [{"id": i, "year": 1990 + i, "degrees": n} for i, n in enumerate([5818, 5725, 6005, 6123, 6096])]
-RIGHT = {"year": 1999, "degrees": 1}
+VALID = {"year": 1999, "degrees": 1}
 
 APPLICATION = (EXAMPLE / "app.py").read_text()
 DATABASE = "x.sqlite3"  # in the server's folder
@@ -27,7 +27,7 @@ VARIABLES = {"DATABASE": DATABASE}
 
 
 def ask(url: str, method: str = "GET", body: object = None, kind: str = "application/json") -> tuple[int, object, dict]:
-    """Return status, JSON (None without a body) and headers of a response; a body of bytes is sent as it is."""
+    """Send `body` as JSON, or as it is if it is bytes; return status, decoded JSON (None if empty) and headers."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": kind}, method=method)
     try:
@@ -41,7 +41,7 @@ def ask(url: str, method: str = "GET", body: object = None, kind: str = "applica
 
 @pytest.fixture
 def url(running: Server) -> str:
-    """The address of the rows, for tests that leave them as they are."""
+    """The URL of the rows, for tests that leave them unchanged."""
     return running.listening()[0] + "/degrees"
 
 
@@ -50,13 +50,13 @@ def url(running: Server) -> str:
     [("", SEED), ("?start=1992", SEED[2:]), ("?start=1992&limit=2", SEED[2:4]), ("?start=1995", [])],
 )
 def test_list(url: str, query: str, rows: list[dict]) -> None:
-    """Rows are listed in the order of their years: from `start`, at most `limit` of them."""
+    """Rows are listed by year: from `start`, at most `limit` of them."""
     assert ask(url + query)[:2] == (200, rows)
 
 
 def test_rows(start: Callable) -> None:
-    """Rows are added, read, replaced and deleted; no id is used again. A kill loses nothing; the seed comes once."""
-    with start(**VARIABLES) as running:  # which ends with SIGKILL
+    """Rows can be added, read, replaced and deleted. A kill loses nothing, no id is reused, the seed comes once."""
+    with start(**VARIABLES) as running:  # the block ends with SIGKILL
         url = running.listening()[0] + "/degrees"
         status, row, headers = ask(url, "POST", {"year": 1989, "degrees": 2**63 - 1})
         assert (status, row, headers["Location"]) == (201, {"id": 5, "year": 1989, "degrees": 2**63 - 1}, "/degrees/5")
@@ -72,7 +72,7 @@ def test_rows(start: Callable) -> None:
     with start(**VARIABLES) as running:
         url = running.listening()[0] + "/degrees"
         assert ask(url)[:2] == (200, [])
-        assert ask(url, "POST", RIGHT)[1] == {"id": 6, **RIGHT}
+        assert ask(url, "POST", VALID)[1] == {"id": 6, **VALID}
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_rows(start: Callable) -> None:
         *[("GET", f"?{query}", None, 400) for query in ("start=abc", "start=-1", "limit=0", "limit=1001")],
         *[("GET", path, None, 404) for path in ("/5", "/5/degrees")],
         ("DELETE", "/5", None, 404),
-        *[("PUT", f"/{row_id}", RIGHT, 404) for row_id in (5, 2**63, "9" * 5000)],
-        ("PATCH", "/0", RIGHT, 405),
+        *[("PUT", f"/{row_id}", VALID, 404) for row_id in (5, 2**63, "9" * 5000)],
+        ("PATCH", "/0", VALID, 405),
         ("POST", "", {"year": 1990, "degrees": 1}, 409),
-        ("PUT", "/0", {**RIGHT, "id": 1}, 400),
-        *[("POST", "", {**RIGHT, name: 5}, 400) for name in ("id", "grade")],
-        *[("POST", "", {**RIGHT, "year": year}, 400) for year in ("1999", True, 0, 10000)],
-        *[("POST", "", {**RIGHT, "degrees": degrees}, 400) for degrees in (-1, 2**63)],
-        *[("POST", "", body, 400) for body in ({"year": 1999}, [RIGHT])],
+        ("PUT", "/0", {**VALID, "id": 1}, 400),
+        *[("POST", "", {**VALID, name: 5}, 400) for name in ("id", "grade")],
+        *[("POST", "", {**VALID, "year": year}, 400) for year in ("1999", True, 0, 10000)],
+        *[("POST", "", {**VALID, "degrees": degrees}, 400) for degrees in (-1, 2**63)],
+        *[("POST", "", body, 400) for body in ({"year": 1999}, [VALID])],
         ("POST", "", b'{"year": 1999, "degrees": NaN}', 400),
         ("POST", "", b"[" * 4096, 400),
         ("POST", "", b'{"year": "\xff"}', 400),
@@ -97,7 +97,7 @@ def test_rows(start: Callable) -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_refused(url: str, method: str, path: str, body: object, status: int) -> None:
-    """A bad request gets its status and one line of JSON, and changes nothing."""
+    """An invalid request is refused with this status and one line of JSON, and changes nothing."""
     refused, error, headers = ask(url + path, method, body)
     assert (refused, list(error)) == (status, ["error"])
     assert "\n" not in error["error"]
@@ -107,25 +107,25 @@ def test_refused(url: str, method: str, path: str, body: object, status: int) ->
 
 
 def test_not_json(url: str) -> None:
-    """A body that is not declared as JSON gets 415."""
-    assert ask(url, "POST", RIGHT, "text/plain")[0] == 415
+    """A body that is not declared as JSON is answered 415."""
+    assert ask(url, "POST", VALID, "text/plain")[0] == 415
 
 
-def test_seeded_by_one_of_many(tmp_path: pathlib.Path) -> None:
-    """Processes that start at the same time without a database agree on one seed."""
+def test_seeded_once(tmp_path: pathlib.Path) -> None:
+    """Of several processes that start at the same time without a database, one seeds it, and none fails."""
     code = "import os, flask; [os.fork() for _ in range(2)]; import app"  # four processes, at about the same time
     (tmp_path / "app.py").write_text(APPLICATION)
     for number in range(4):
         environ = os.environ | {"DATABASE": str(tmp_path / str(number))}
-        assert run(sys.executable, "-c", code, cwd=tmp_path, env=environ).stderr == ""  # of all of them
+        assert run(sys.executable, "-c", code, cwd=tmp_path, env=environ).stderr == ""  # of all four
         with closing(sqlite3.connect(environ["DATABASE"])) as connection:
             assert connection.execute("SELECT count(*) FROM degrees").fetchone() == (5,)
             assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 @pytest.mark.parametrize("value", ["", "/nonexistent/x.sqlite3", "app.py"])
-def test_wrong_database(start: Callable, value: str) -> None:
-    """A DATABASE that SQLite cannot open ends the start with exit code 2 and one line that names the variable."""
+def test_unusable_database(start: Callable, value: str) -> None:
+    """A DATABASE that SQLite cannot use ends the start with exit code 2 and one line with its absolute path."""
     with start(DATABASE=value) as running:
         assert running.ended() == 2
         [line] = running.log.read_text().splitlines()
@@ -133,19 +133,19 @@ def test_wrong_database(start: Callable, value: str) -> None:
 
 
 def test_busy(running: Server, url: str) -> None:
-    """While another process is writing, reads go on, and a write gets 503 in the end; after that it succeeds."""
+    """While another process writes, reads succeed and a write is answered 503; afterwards it succeeds."""
     with closing(sqlite3.connect(running.log.with_name(DATABASE))) as writer:
         writer.execute("BEGIN IMMEDIATE")
         assert ask(url)[:2] == (200, SEED)
-        status, _, headers = ask(url, "POST", RIGHT)
+        status, _, headers = ask(url, "POST", VALID)
         assert (status, headers["Retry-After"]) == (503, "1")
-    status, _, headers = ask(url, "POST", RIGHT)
+    status, _, headers = ask(url, "POST", VALID)
     assert status == 201
     assert ask(url.replace("/degrees", headers["Location"]), "DELETE")[0] == 204
 
 
 def test_health(start: Callable) -> None:
-    """It is healthy while the database can be read, until the server begins to stop."""
+    """/health is 200, 503 while the server drains, and 500 if the database cannot be read."""
     with start(SHUTDOWN_DELAY="600", **VARIABLES) as running:
         health = running.listening()[0] + "/health"
         status, body, headers = ask(health)
@@ -158,10 +158,9 @@ def test_health(start: Callable) -> None:
         assert ask(health)[0] == 500
 
 
-def test_its_data_outlive_its_container(project: Project) -> None:
-    """What was acknowledged survives `docker kill` and `down`, and another image; only /data and /tmp are writable."""
-    (project.folder / "image.yaml").write_text(f"services: {{degrees: {{image: {project.name}}}}}\n")
-    project.environ["COMPOSE_FILE"] = "examples/degrees/compose.yaml:image.yaml"
+def test_data_outlive_the_container(project: Project) -> None:
+    """Data survive kill, down and a new image; only 127.0.0.1 has the port; only /data and /tmp are writable."""
+    project.environ["COMPOSE_FILE"] = "examples/degrees/compose.yaml"
     project.compose("up", "--build", "--wait")
     url = project.url("degrees") + "/degrees"
     assert url.startswith("http://127.0.0.1:")

@@ -1,4 +1,4 @@
-"""healthcheck.py against real servers: those that answer, answer badly, or do not."""
+"""healthcheck.py against servers that respond well, badly or not at all."""
 
 import io
 import re
@@ -16,17 +16,17 @@ from tests.support import ROOT, run
 
 
 def probe(**environ: str) -> subprocess.CompletedProcess:
-    """Run the probe as the image does, with nothing but these variables."""
+    """Run the probe as the image does, with only these environment variables."""
     return run(sys.executable, "-IS", ROOT / "healthcheck.py", env=environ, timeout=30, check=False)
 
 
 @contextmanager
-def answering(*pieces: bytes, host: str = "127.0.0.1", pause: float = 0) -> Iterator[str]:
-    """Answer the first client piece by piece, with a `pause` in seconds after each; yield the port."""
+def server_sending(*pieces: bytes, host: str = "127.0.0.1", pause: float = 0) -> Iterator[str]:
+    """Send `pieces` to the first client, with a `pause` in seconds after each; yield the port."""
 
     def serve() -> None:
         connection, _ = listener.accept()
-        with connection, suppress(OSError):  # the probe has gone
+        with connection, suppress(OSError):  # the probe has disconnected
             connection.recv(1000)
             for piece in pieces:
                 connection.sendall(piece)
@@ -41,7 +41,7 @@ def answering(*pieces: bytes, host: str = "127.0.0.1", pause: float = 0) -> Iter
 
 
 @pytest.mark.parametrize(
-    ("code", "answer"),
+    ("code", "response"),
     [
         (0, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
         (0, b"HTTP/1.0 200 OK\r\n\r\n"),
@@ -49,30 +49,30 @@ def answering(*pieces: bytes, host: str = "127.0.0.1", pause: float = 0) -> Iter
         (1, b"HTTP/1.1 503 Service Unavailable\r\n\r\n"),
         (1, b"HTTP/1.1 2000 OK\r\n\r\n"),
         (1, b"\xff\x1b[31mHTTP/1.1 200 OK\r\n"),
-        (1, b"HTTP/1.1 200 OK"),  # cut off
+        (1, b"HTTP/1.1 200 OK"),  # truncated
         (1, b"x" * 100_000),
         (1, b""),
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_answer(code: int, answer: bytes) -> None:
-    """Only status 200 is healthy; of anything else the probe prints the first line, escaped."""
-    with answering(answer) as port:
+def test_response(code: int, response: bytes) -> None:
+    """Only status 200 is healthy; for anything else the probe prints the first line of the response, escaped."""
+    with server_sending(response) as port:
         done = probe(PORT=port)
-    said = f"unhealthy: answered {io.BytesIO(answer).readline(1000)!r}\n" if code else ""
-    assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
+    printed = f"unhealthy: answered {io.BytesIO(response).readline(1000)!r}\n" if code else ""
+    assert (done.returncode, done.stdout, done.stderr) == (code, printed, "")
 
 
 def test_timeout() -> None:
-    """A server that sends no whole line in 2 s is unhealthy, also if it sends a byte now and then."""
-    with answering(*[b"H"] * 40, pause=0.25) as port:
+    """A server that sends no complete line within 2 s is unhealthy, even if it keeps sending bytes."""
+    with server_sending(*[b"H"] * 40, pause=0.25) as port:
         done = probe(PORT=port)
     assert (done.returncode, done.stdout, done.stderr) == (1, "unhealthy: timed out\n", "")
 
 
 @pytest.mark.parametrize(("port", "why"), [("", ""), ("nonsense", ""), (None, "refused")])
 def test_no_connection(port: str | None, why: str) -> None:
-    """A PORT that is none is unhealthy, in one line, as is a server on another address than the one in BIND."""
+    """An invalid PORT, or a server that does not listen on BIND, is reported as unhealthy in one line."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         done = probe(BIND="::1", PORT=str(listener.getsockname()[1]) if port is None else port)
     assert (done.returncode, done.stderr) == (1, "")
@@ -84,7 +84,7 @@ def test_no_connection(port: str | None, why: str) -> None:
     ("bind", "host"),
     [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), *[(bind, "::1") for bind in ("*", "::", "::1", "[::1]")]],
 )
-def test_where_it_asks(bind: str, host: str) -> None:
-    """It asks where BIND says that the server listens; if that is every address, at ::1 too."""
-    with answering(b"HTTP/1.1 200 OK\r\n\r\n", host=host) as port:
+def test_address(bind: str, host: str) -> None:
+    """The probe connects to BIND; if that is every address, it also tries ::1."""
+    with server_sending(b"HTTP/1.1 200 OK\r\n\r\n", host=host) as port:
         assert probe(BIND=bind, PORT=port).returncode == 0

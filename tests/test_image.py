@@ -1,4 +1,4 @@
-"""The built images, run by a real engine: what is in them, how a container starts, serves and ends."""
+"""The built images on a real engine: their contents, and how a container starts, serves and stops."""
 
 import json
 import pathlib
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import ROOT, get, inspect, python, run, unanswered_until_gone, until_health, wait_until
+from tests.support import ROOT, errors_while_stopping, get, inspect, python, run, until_health, wait_until
 
-# Hangs while a file is there.
+# Hangs while /tmp/hang exists.
 HANGS = """
 import os, time
 
@@ -23,27 +23,27 @@ def app(environ, start_response):
 
 
 def url(container: str) -> str:
-    """Return where the engine has published a container's port 5000."""
+    """Return the URL at which a container's port 5000 is published."""
     return "http://" + run("docker", "port", container, "5000/tcp").stdout.splitlines()[0]
 
 
 @pytest.fixture
-def mounted(tmp_path: pathlib.Path) -> Callable[[str], str]:
-    """A function that returns the option of `docker run` that mounts a text over the image's app.py."""
+def mount_app(tmp_path: pathlib.Path) -> Callable[[str], str]:
+    """A function that returns the `docker run` option to mount some code over the image's app.py."""
 
-    def mount(text: str) -> str:
-        (tmp_path / "app.py").write_text(text)
+    def mount(code: str) -> str:
+        (tmp_path / "app.py").write_text(code)
         (tmp_path / "app.py").chmod(0o644)
         return f"--volume={tmp_path / 'app.py'}:/app/app.py:ro,z"
 
     return mount
 
 
-# ---- What is in them -------------------------------------------------------------------------------------------------
+# ---- Contents --------------------------------------------------------------------------------------------------------
 
 
 def test_user_command_port_and_probe(image: str) -> None:
-    """User, command, folder, port, probe and variables are those that the documentation names."""
+    """User, command, folder, port, probe and environment variables are as documented."""
     config = inspect(image, ".Config")
     assert (config["User"], config["WorkingDir"], config["Cmd"]) == ("65532:65532", "/app", ["python", "-m", "serve"])
     assert list(config["ExposedPorts"]) == ["5000/tcp"]
@@ -54,7 +54,7 @@ def test_user_command_port_and_probe(image: str) -> None:
 
 
 def test_the_code_belongs_to_root(service: str) -> None:
-    """The code is root's and readable for all; the process is somebody else, who can change no code and no program."""
+    """Root owns the code, everyone can read it; the service's own user can change neither code nor programs."""
     code = """
         import json, os, pathlib
         found = [path for path in pathlib.Path("/app").rglob("*") if "__pycache__" not in path.parts]
@@ -75,8 +75,8 @@ def test_the_code_belongs_to_root(service: str) -> None:
     assert not [path for path in writable if path.startswith(("/app", "/opt", "/usr", "/etc", "/bin", "/lib"))]
 
 
-def test_what_is_installed_is_what_is_locked(service: str) -> None:
-    """The environment has what requirements.txt names, in those versions, and nothing else, so no pip."""
+def test_only_locked_packages_are_installed(service: str) -> None:
+    """The environment has exactly the packages and versions that requirements.txt pins; there is no pip."""
     code = """
         import importlib.metadata, importlib.util, site
         for found in importlib.metadata.distributions(path=[p for p in site.getsitepackages() if "/opt/venv" in p]):
@@ -87,8 +87,8 @@ def test_what_is_installed_is_what_is_locked(service: str) -> None:
     assert sorted(python(service, code).splitlines()) == sorted(locked)
 
 
-def test_no_bytecode_depends_on_a_time(service: str) -> None:
-    """Bytecode is valid by hash, whatever the times of files; that of the code is checked against its source."""
+def test_bytecode_is_hash_based(service: str) -> None:
+    """Bytecode is validated by hash, not by file times; only that in /app is checked against its source."""
     code = """
         import importlib.util, pathlib, sys
         import flask, waitress.server, serve.server
@@ -98,17 +98,17 @@ def test_no_bytecode_depends_on_a_time(service: str) -> None:
                 found[pathlib.Path(module.__cached__)] = module.__loader__.get_data(module.__cached__)
         for path, data in found.items():
             assert data[:4] == importlib.util.MAGIC_NUMBER, path
-            print(path.parts[1], data[4])  # flags (PEP 552): 0 time stamp, 1 hash, 3 hash that is checked
+            print(path.parts[1], data[4])  # flags (PEP 552): 0 timestamp, 1 unchecked hash, 3 checked hash
         assert len(list(pathlib.Path("/app").rglob("*.py"))) == len(list(pathlib.Path("/app").rglob("*.pyc")))
         """
     assert set(python(service, code).splitlines()) == {"app 3", "opt 1", "usr 1"}  # folder and flags
 
 
-# ---- How a container lives -------------------------------------------------------------------------------------------
+# ---- Start, service, stop --------------------------------------------------------------------------------------------
 
 
 def test_serves_until_ctrl_c(image: str, container: Callable) -> None:
-    """Run and published with docker, it serves, its log says where, and Ctrl-C ends it with exit code 0."""
+    """A published container serves, logs its addresses, and ends with exit code 0 on Ctrl-C."""
     name = container("--publish", "127.0.0.1::5000", image)
     until_health(name)
     assert get(url(name) + "/health")[0] == 200
@@ -117,21 +117,21 @@ def test_serves_until_ctrl_c(image: str, container: Callable) -> None:
     assert run("docker", "wait", name).stdout == "0\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="containers have addresses of their own on Linux")
-def test_a_stop_loses_nothing(image: str, container: Callable) -> None:
-    """`docker stop` while clients ask without a pause: each request is answered, and it ends by itself."""
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux can the host reach a container's address")
+def test_docker_stop_loses_no_request(image: str, container: Callable) -> None:
+    """`docker stop` under constant requests leaves none unanswered, and the container ends with exit code 0."""
     name = container(image)
     until_health(name)
-    # Not the published port: what publishes it accepts connections that the container no longer does.
+    # Not the published port: Docker's proxy accepts connections that the container no longer accepts.
     [network] = inspect(name, ".NetworkSettings.Networks").values()
-    assert unanswered_until_gone((network["IPAddress"], 5000), lambda: run("docker", "stop", name)) == []
+    assert errors_while_stopping((network["IPAddress"], 5000), lambda: run("docker", "stop", name)) == []
     assert inspect(name, ".State.ExitCode") == 0
     assert '"Stopped"' in run("docker", "logs", name).stderr
 
 
-def test_stops_while_it_starts(image: str, container: Callable, mounted: Callable) -> None:
-    """A stop that comes while the application is imported is heeded, not left to SIGKILL."""
-    name = container(mounted("import time; print('importing', flush=True); time.sleep(600)"), image)
+def test_stop_during_import(image: str, container: Callable, mount_app: Callable) -> None:
+    """`docker stop` during the application's import ends the container with exit code 0, without SIGKILL."""
+    name = container(mount_app("import time; print('importing', flush=True); time.sleep(600)"), image)
     wait_until(lambda: "importing" in run("docker", "logs", name).stdout, 30, "the import to begin")
     run("docker", "stop", name)
     assert inspect(name, ".State.ExitCode") == 0
@@ -145,14 +145,14 @@ def test_stops_while_it_starts(image: str, container: Callable, mounted: Callabl
     ],
     ids=["wrong setting", "too many threads"],
 )
-def test_what_ends_its_start(image: str, options: list[str], line: str) -> None:
-    """A wrong variable, or more threads than the container's limits allow: one line and exit code 2."""
+def test_startup_errors(image: str, options: list[str], line: str) -> None:
+    """A wrong setting, or more threads than the container allows, ends the start with one line and exit code 2."""
     done = run("docker", "run", "--rm", *options, image, check=False)
     assert (done.returncode, done.stderr) == (2, f"serve: {line}\n")
 
 
 def test_serves_without_ipv6(images: Callable, container: Callable, tmp_path: pathlib.Path) -> None:
-    """On a kernel that has no IPv6 at all it serves on IPv4."""
+    """On a kernel without IPv6, it serves on IPv4."""
     inet6 = {"index": 0, "value": 10, "op": "SCMP_CMP_EQ"}
     refused = {"names": ["socket"], "action": "SCMP_ACT_ERRNO", "errnoRet": 97, "args": [inet6]}  # EAFNOSUPPORT
     profile = tmp_path / "no-ipv6.json"
@@ -163,30 +163,30 @@ def test_serves_without_ipv6(images: Callable, container: Callable, tmp_path: pa
 
 
 def test_serves_as_any_user_read_only(image: str, container: Callable) -> None:
-    """It serves as whatever user a platform gives it, on a read-only file system too."""
+    """It serves as any user that a platform chooses, on a read-only file system too."""
     name = container("--user", "12345:0", "--read-only", image)
     until_health(name)
     assert python(name, "import os; print(os.getuid(), os.getgid())") == "12345 0"
 
 
 def test_nothing_is_compiled_at_run_time(image: str, container: Callable) -> None:
-    """Start, probes and answers find the bytecode of all that they import: as root, who could, none is written."""
+    """The image has all bytecode: start, probes and requests write no file, not even as root."""
     name = container("--user", "0", "--publish", "127.0.0.1::5000", image)
     until_health(name)
     assert [get(url(name) + path)[0] for path in ("/health", "/no/such/path")] == [200, 404]
     assert run("docker", "diff", name).stdout == ""
 
 
-def test_a_mounted_file_takes_effect(image: str, container: Callable, mounted: Callable) -> None:
-    """An app.py mounted over the image's own is what runs, in spite of the bytecode beside it."""
-    name = container("--publish", "127.0.0.1::5000", mounted(HANGS), image)
+def test_a_mounted_file_takes_effect(image: str, container: Callable, mount_app: Callable) -> None:
+    """An app.py mounted over the image's own runs, despite the old bytecode beside it."""
+    name = container("--publish", "127.0.0.1::5000", mount_app(HANGS), image)
     until_health(name)
     assert get(url(name) + "/") == (200, "mine")
 
 
-def test_unhealthy_while_the_application_hangs(images: Callable, container: Callable, mounted: Callable) -> None:
-    """An application that answers no more makes the container unhealthy, reason on record; then it recovers."""
-    name = container("--health-interval", "0.5s", "--health-retries", "1", mounted(HANGS), images("runtime"))
+def test_unhealthy_while_the_application_hangs(images: Callable, container: Callable, mount_app: Callable) -> None:
+    """A hanging application makes the container unhealthy, with the reason in the health log, until it recovers."""
+    name = container("--health-interval", "0.5s", "--health-retries", "1", mount_app(HANGS), images("runtime"))
     until_health(name)
     python(name, "open('/tmp/hang', 'w')")
     until_health(name, "unhealthy")

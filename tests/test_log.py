@@ -1,4 +1,4 @@
-"""What is logged, where, in which form; and that a log that takes no more holds nobody up."""
+"""What is logged, where and in which form; and that a stalled log does not stall requests."""
 
 import datetime as dt
 import fcntl
@@ -35,7 +35,7 @@ def app(environ, start_response):
         logging.getLogger("shop").info("sold %s", "".join(map(chr, range(0x300))))
         logging.getLogger("shop").debug("%d items", "x")
         warnings.warn("old")
-        for target in (lambda: 1 / 0, sys.exit):  # the latter is no failure
+        for target in (lambda: 1 / 0, sys.exit):  # sys.exit is not a failure
             thread = threading.Thread(target=target, name="worker")
             thread.start()
             thread.join()
@@ -61,17 +61,17 @@ def app(environ, start_response):
 POST = b"POST /path HTTP/1.1\r\nHost: a\r\nContent-Length: 9999999\r\n\r\n"
 
 
-def recorded(running: Server, target: bytes, *headers: bytes) -> tuple[bytes, dict]:
-    """Return the response to a request, and the only entry that the access log has of it."""
+def logged_request(running: Server, target: bytes, *headers: bytes) -> tuple[bytes, dict]:
+    """Send a request; return the response and its entry in the access log, the only one."""
     response = running.exchange(b"\r\n".join([(LAST % target)[:-4], *headers, b"\r\n"]))
     [entry] = running.entries(request_id(response))
     return response, entry
 
 
 def test_entry(running: Server) -> None:
-    """A request is one JSON object on standard output, with what one wants to know of it; the query is left out."""
+    """A request is logged on standard output as one JSON object with these nine fields; the query is left out."""
     before = dt.datetime.now(dt.UTC)
-    _, entry = recorded(running, b"/path%20/?token=secret", b"User-Agent: test/1.0", b"X-Request-ID: my.own-1_")
+    _, entry = logged_request(running, b"/path%20/?token=secret", b"User-Agent: test/1.0", b"X-Request-ID: my.own-1_")
     names = "time method path status bytes duration_ms remote_addr request_id user_agent"
     assert list(entry) == names.split()
     when = entry.pop("time")
@@ -96,8 +96,8 @@ def test_entry(running: Server) -> None:
         (LAST % b"//\x9b2J", "GET", "//\x9b2J", 400),
     ],
 )
-def test_on_record(running: Server, sent: bytes, method: str | None, path: str | None, status: int) -> None:
-    """Whatever is answered is on record, refused requests as far as they could be read; `bytes` follow the header."""
+def test_response_is_logged(running: Server, sent: bytes, method: str | None, path: str | None, status: int) -> None:
+    """Every response is logged, with what could be read of the request; `bytes` counts all that follows its header."""
     response = running.exchange(sent)
     [entry] = running.entries(request_id(response))
     assert (entry["method"], entry["path"], entry["status"]) == (method, path, status)
@@ -106,26 +106,26 @@ def test_on_record(running: Server, sent: bytes, method: str | None, path: str |
 
 
 @pytest.mark.parametrize("given", [b"", b"a b", b"a" * 129, b"\xc3\xb8", b"a, b"])
-def test_harmful_request_id_is_replaced(running: Server, given: bytes) -> None:
-    """A request id that could do harm is replaced: in the response, for the application and in the log."""
-    response, entry = recorded(running, b"/", b"X-Request-ID: " + given)
+def test_invalid_request_id_is_replaced(running: Server, given: bytes) -> None:
+    """An invalid X-Request-ID is replaced: in the response, for the application and in the log."""
+    response, entry = logged_request(running, b"/", b"X-Request-ID: " + given)
     assert re.fullmatch(r"[0-9a-f]{32}", entry["request_id"])
     assert response.endswith(b"\r\n\r\n" + entry["request_id"].encode())
 
 
 def test_own_headers(running: Server) -> None:
-    """The server's headers are there once, whatever the application says."""
-    response, _ = recorded(running, b"/own", b"X-Request-ID: " + b"m" * 128)
+    """The server's own headers replace those of the application."""
+    response, _ = logged_request(running, b"/own", b"X-Request-ID: " + b"m" * 128)
     assert re.findall(rb"(?i)x-request-id: (.*)\r\n", response) == [b"m" * 128]
     assert re.findall(rb"(?i)x-content-type-options: (.*)\r\n", response) == [b"nosniff"]
 
 
 def test_probes(running: Server) -> None:
-    """Successful probes are left out; those that fail are not, nor is anything that only looks like one."""
-    probe = GET.replace(b"\r\n\r\n", b"\r\nX-Request-ID: probe\r\n\r\n")
+    """Successful health checks are not logged; failed ones, and paths that only resemble /health, are."""
+    check = GET.replace(b"\r\n\r\n", b"\r\nX-Request-ID: probe\r\n\r\n")
     with running.connect() as connection:
         for target in (b"/health", b"/health?", b"/health?sick", b"/health/", b"/healthy"):
-            connection.sendall(probe % target)
+            connection.sendall(check % target)
             assert connection.recv(1000)
         entries = running.entries("probe", 3)
     assert [entry["path"] for entry in entries] == ["/health", "/health/", "/healthy"]
@@ -135,28 +135,28 @@ def test_probes(running: Server) -> None:
     ("target", "agent"),
     [(b'/"}', b'"} {"'), (b"/\\n{", b"\\n\\u001b[2J"), (b"/%0A%1B[2J", b"\x9b2J \xe2\x80\xae \x85 a\tb")],
 )
-def test_no_forging(running: Server, target: bytes, agent: bytes) -> None:
-    """Whatever a client sends, its line is one object of printable ASCII, from which it can be had back."""
-    _, entry = recorded(running, target, b"User-Agent: " + agent)
+def test_forged_entries(running: Server, target: bytes, agent: bytes) -> None:
+    """A client cannot forge a log entry: what it sends is escaped to printable ASCII, and parsing restores it."""
+    _, entry = logged_request(running, target, b"User-Agent: " + agent)
     assert entry["path"].encode("latin-1") == target
     assert entry["user_agent"].encode("latin-1") == agent
 
 
 def test_client_gone_before_its_response(running: Server) -> None:
-    """A request whose client has left, resetting its connection, is on record with no status."""
-    with running.connect() as impatient:
-        impatient.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset when closed
-        impatient.sendall(GET.replace(b"Host", b"X-Request-ID: gone\r\nHost") % b"/wait")
+    """A request whose client resets the connection before the response is logged without a status."""
+    with running.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() sends a reset
+        client.sendall(GET.replace(b"Host", b"X-Request-ID: gone\r\nHost") % b"/wait")
         running.until_said("waiting")
     running.exchange(LAST % b"/release")
     [entry] = running.entries("gone")
     assert (entry["path"], entry["status"], entry["bytes"]) == ("/wait", None, 0)
 
 
-def test_everything_else(start: Callable) -> None:
-    """What the application logs, warns of, or lets a thread fail with, is JSON of printable ASCII on standard error.
+def test_standard_error(start: Callable) -> None:
+    """Log records, warnings, failed threads and wsgi.errors are JSON in printable ASCII on standard error.
 
-    In a request it has the request's id. A record whose arguments do not fit its text is logged all the same.
+    During a request they carry its id. A record whose arguments do not fit its format string is still logged.
     """
     with start(LOG_LEVEL="debug") as running:
         response = running.exchange(LAST % b"/log")
@@ -168,18 +168,18 @@ def test_everything_else(start: Callable) -> None:
     assert sold["request_id"] == trouble["request_id"] == request_id(response)
     assert "%d items" in items["message"]
     assert "UserWarning: old" in warned["message"]
-    assert (failed["message"], trouble["message"]) == ("Thread worker has ended", "trouble")
+    assert (failed["message"], trouble["message"]) == ("Uncaught exception in thread worker", "trouble")
     assert failed["exception"].endswith("ZeroDivisionError: division by zero")
     assert late["exception"].endswith("ValueError: late")
     assert [entry["logger"] for entry in entries] == ["shop", "shop", "py.warnings", "serve", "serve", "wsgi.errors"]
     assert [entry["level"] for entry in entries] == ["INFO", "DEBUG", "WARNING", "ERROR", "ERROR", "ERROR"]
 
 
-# ---- servers that do not say where they listen ----
+# ---- servers whose log does not tell the port ----
 
 
-def exchange(port: int, sent: bytes) -> bytes:
-    """Return what comes back from a port on which somebody is about to listen."""
+def exchange_at(port: int, sent: bytes) -> bytes:
+    """Wait until a port accepts connections; send, and return everything that arrives."""
     wait_until(lambda: listens(("127.0.0.1", port)), 30, "the server to listen")
     with socket.create_connection(("127.0.0.1", port), 30) as connection:
         connection.sendall(sent)
@@ -194,19 +194,19 @@ def exchange(port: int, sent: bytes) -> bytes:
         ("1", "Critical", set()),
     ],
 )
-def test_less(start: Callable, access: str, level: str, levels: set[str]) -> None:
-    """LOG_LEVEL says from where on, in capitals or not; the access log has no level, and is off with ACCESS_LOG=0."""
+def test_log_level_and_access_log(start: Callable, access: str, level: str, levels: set[str]) -> None:
+    """LOG_LEVEL, in upper or lower case, sets the lowest level logged; only ACCESS_LOG=0 turns the access log off."""
     port = free_port("127.0.0.1")
     with start(ACCESS_LOG=access, LOG_LEVEL=level, PORT=str(port)) as running:
-        assert statuses(exchange(port, LAST % b"/log")) == [200]
-        assert statuses(exchange(port, b"nonsense\r\n\r\n")) == [400]
+        assert statuses(exchange_at(port, LAST % b"/log")) == [200]
+        assert statuses(exchange_at(port, b"nonsense\r\n\r\n")) == [400]
         running.end()
         assert {entry["level"] for entry in running.logged()} == levels
         assert len(running.access_log.read_text().splitlines()) == 2 * int(access)
 
 
 def test_logging_to_wsgi_errors(start: Callable) -> None:
-    """An application may have all its records written to wsgi.errors, as Flask's documentation has it."""
+    """A record that the application sends to wsgi.errors, as in Flask's documentation, is logged once as JSON."""
     application = """
 import logging.config
 
@@ -220,18 +220,18 @@ app.before_request(lambda: app.logger.info("hello"))
 """
     port = free_port("127.0.0.1")
     with start(application, PORT=str(port)) as running:
-        exchange(port, LAST % b"/")
+        exchange_at(port, LAST % b"/")
         running.end()
         [line] = [line for line in running.log.read_text().splitlines() if '"hello"' in line]
         assert json.loads(line)["logger"] == "wsgi.errors"
 
 
-# ---- logs that take no more ----
+# ---- logs that cannot be written ----
 
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The two ends of a small pipe."""
+    """The read and write end of a pipe that holds 4 KiB."""
     read_end, write_end = os.pipe()
     fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
     with os.fdopen(read_end, "rb", 0) as reader, os.fdopen(write_end, "wb", 0) as writer:
@@ -239,26 +239,26 @@ def pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def fill(stream: str, count: int, size: int) -> bytes:
-    """Return so many requests that each give a line of that size on one stream, and one more."""
+    """Return `count` requests that each log a line of about `size` bytes on `stream`, and one more for /."""
     target, agent = (b"/%04d", b"x" * size) if stream == "stdout" else (b"/loud/%04d?" + str(size).encode(), b"")
     request = (GET % target).replace(b"Host", b"User-Agent: " + agent + b"\r\nHost")
     return b"".join(request % number for number in range(count)) + LAST % b"/"
 
 
 def lost(running: Server) -> int:
-    """Return how many lines the server says are lost."""
-    said = (re.match(r"Lines of the access log that could not be written: (\d+)", text) for text in running.messages())
-    return sum(int(match[1]) for match in said if match)
+    """Return how many lines of the access log the server has reported as lost."""
+    found = (re.match(r"Lines of the access log that could not be written: (\d+)", text) for text in running.messages())
+    return sum(int(match[1]) for match in found if match)
 
 
-def test_nobody_reads_standard_output(start: Callable, pipe: tuple[BinaryIO, BinaryIO]) -> None:
-    """If standard output takes no more, requests are answered all the same; the lines that are lost are counted."""
+def test_stalled_access_log(start: Callable, pipe: tuple[BinaryIO, BinaryIO]) -> None:
+    """While nobody reads the access log, requests are answered; every line is delivered later or reported lost."""
     reader, writer = pipe
-    with start(stdout=writer.fileno()) as running, running.connect():  # with nobody there it reports later
+    with start(stdout=writer.fileno()) as running, running.connect():  # an open connection: the server reports sooner
         writer.close()
-        assert statuses(running.exchange(fill("stdout", 200, 9000))) == [200] * 201  # twice what may wait
+        assert statuses(running.exchange(fill("stdout", 200, 9000))) == [200] * 201  # about twice what it queues
         wait_until(lambda: lost(running), 10, "a report")
-        # Read again, it goes on with whole lines; what is there and what is lost make up all.
+        # Once somebody reads again, whole lines arrive.
         received = b""
         while select.select([reader], [], [], 1)[0]:
             received += reader.read(65536)
@@ -272,8 +272,8 @@ def test_nobody_reads_standard_output(start: Callable, pipe: tuple[BinaryIO, Bin
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("problem", ["reader gone", "nobody reads", "disk full"])
-def test_nowhere_to_write(start: Callable, pipe: tuple[BinaryIO, BinaryIO], stream: str, problem: str) -> None:
-    """If a log cannot be written, requests are answered all the same; of the access log, what is lost is counted."""
+def test_unwritable_log(start: Callable, pipe: tuple[BinaryIO, BinaryIO], stream: str, problem: str) -> None:
+    """If a log cannot be written, requests are still answered; lost lines of the access log are counted."""
     reader, writer = pipe
     port = free_port("127.0.0.1")
     with pathlib.Path("/dev/full").open("wb", 0) as full:
@@ -281,7 +281,7 @@ def test_nowhere_to_write(start: Callable, pipe: tuple[BinaryIO, BinaryIO], stre
         with start(PORT=str(port), **{stream: log.fileno()}) as running:
             if problem == "reader gone":
                 reader.close()
-            assert statuses(exchange(port, fill(stream, 200, 9000))) == [200] * 201
+            assert statuses(exchange_at(port, fill(stream, 200, 9000))) == [200] * 201
             running.end()
             if stream == "stdout":
                 assert lost(running) == 201
@@ -290,14 +290,14 @@ def test_nowhere_to_write(start: Callable, pipe: tuple[BinaryIO, BinaryIO], stre
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("stops", [False, True])
-def test_late_reader(start: Callable, pipe: tuple[BinaryIO, BinaryIO], stream: str, *, stops: bool) -> None:
-    """Lines without room are there, whole, once they are read: nobody has to log more, nor does the end lose any."""
+def test_slow_reader(start: Callable, pipe: tuple[BinaryIO, BinaryIO], stream: str, *, stops: bool) -> None:
+    """A slow reader gets every line, whole and in order, without waiting for new ones, even if the server stops."""
     reader, writer = pipe
-    os.set_blocking(writer.fileno(), stops)  # whoever shares it may have made it non-blocking
+    os.set_blocking(writer.fileno(), stops)  # another process that shares it may have set this
     port = free_port("127.0.0.1")
     with start(PORT=str(port), **{stream: writer.fileno()}) as running:
         writer.close()
-        assert statuses(exchange(port, fill(stream, 20, 2000))) == [200] * 21
+        assert statuses(exchange_at(port, fill(stream, 20, 2000))) == [200] * 21
         if stops:
             running.stop()
         received, paths = b"", []

@@ -1,4 +1,4 @@
-"""The make targets in a copy of the project, on a machine without Docker."""
+"""The make targets in a copy of the project, without Docker."""
 
 import pathlib
 import re
@@ -15,7 +15,7 @@ import pytest
 from tests.support import ROOT, Project, free_port, get, listens
 
 if not (shutil.which("make") and (ROOT / "Makefile").exists()):
-    pytest.skip("make or the Makefile is not here", allow_module_level=True)
+    pytest.skip("there is no make, or no Makefile", allow_module_level=True)
 
 APP = """
 from flask import Flask
@@ -36,7 +36,7 @@ def health():
 
 @pytest.fixture
 def bare(tmp_path: pathlib.Path) -> Iterator[Project]:
-    """A copy of the project where no engine answers, on a port of its own; what it has started ends with the test."""
+    """A copy of the project without a Docker Engine, on a free port; what it starts is stopped after the test."""
     environ = {"DOCKER_HOST": "unix:///nonexistent.sock", "PORT": str(free_port("127.0.0.1"))}
     project = Project(tmp_path / "a project", **environ)
     yield project
@@ -45,7 +45,7 @@ def bare(tmp_path: pathlib.Path) -> Iterator[Project]:
 
 @pytest.fixture
 def ready(bare: Project) -> Project:
-    """Such a copy with a virtual environment: one that has this run's own packages, as to install them takes long."""
+    """Such a copy with a virtual environment, which uses this run's packages: installing them takes long."""
     venv.create(bare.folder / ".venv-runtime", symlinks=True)
     [packages] = bare.folder.glob(".venv-runtime/lib/*/site-packages")
     (packages / "own.pth").write_text(sysconfig.get_path("purelib"))
@@ -54,24 +54,24 @@ def ready(bare: Project) -> Project:
 
 
 def address(project: Project) -> tuple[str, int]:
-    """Return where it serves."""
+    """Return the address that a copy serves on."""
     return "127.0.0.1", int(project.environ["PORT"])
 
 
 def url(project: Project) -> str:
-    """Return its address as a URL."""
+    """Return the URL that a copy serves on."""
     return "http://{}:{}".format(*address(project))
 
 
 def replace_program(project: Project, name: str, script: str) -> None:
-    """Let commands in a copy of the project find this shell script under the name of a program."""
+    """Put a shell script in place of a program, for commands in the copy."""
     project.write({f"bin/{name}": f"#!/bin/sh\n{script}\n"})
     (project.folder / "bin" / name).chmod(0o755)
     project.environ["PATH"] = f"{project.folder}/bin:{project.environ['PATH']}"
 
 
 def test_help(bare: Project) -> None:
-    """`make` alone lists the targets with what they do."""
+    """`make` alone lists all targets."""
     listed = bare.run("make").stdout
     [targets] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in targets.split():
@@ -79,14 +79,14 @@ def test_help(bare: Project) -> None:
 
 
 @pytest.mark.slow
-def test_up_installs_what_it_takes(bare: Project) -> None:
-    """Where there is only make and Python, `make up` makes a virtual environment, and serves from it."""
+def test_up_creates_a_virtual_environment(bare: Project) -> None:
+    """With make and Python alone, `make up` creates a virtual environment and serves from it."""
     bare.run("make", "up")
     assert get(url(bare) + "/health")[0] == 200
 
 
 def test_up_and_down(ready: Project) -> None:
-    """`make up` says so and serves, each time what is there by then; `make down` ends it, also where there is no ps."""
+    """`make up` says that it runs without Docker and serves the current code; `make down` stops it, even without ps."""
     for text in ("one", "two"):
         ready.write({"app.py": APP.format(text=text)})
         done = ready.run("make", "up")
@@ -94,14 +94,14 @@ def test_up_and_down(ready: Project) -> None:
         assert done.stdout.splitlines()[-1] == f"{url(ready)} (not in a container; log: .serve.log)"
         assert get(url(ready) + "/") == (200, text)
     (ready.folder / "bin").mkdir()
-    for tool in ["make", "sh", "cat", "rm", "dirname", "date", "sleep", "grep", "tr"]:  # as in slim containers
+    for tool in ["make", "sh", "cat", "rm", "dirname", "date", "sleep", "grep", "tr"]:  # no ps, as in slim containers
         (ready.folder / "bin" / tool).symlink_to(shutil.which(tool))
     ready.run("make", "down", environ={"PATH": f"{ready.folder}/bin"})
     assert not listens(address(ready))
 
 
 def test_up_without_a_base_image(ready: Project, engine: None) -> None:
-    """With an engine but no base image to be had, `make up` says so and serves all the same; a mistake it reports."""
+    """If the base image is unavailable, `make up` says so and serves without Docker; it reports other build errors."""
     del ready.environ["DOCKER_HOST"]
     ready.environ["PYTHON_IMAGE"] = "registry.invalid/no-such-image"
     done = ready.run("make", "up")
@@ -119,12 +119,12 @@ def test_up_without_a_base_image(ready: Project, engine: None) -> None:
         ("from flask import Flask\n\napp = Flask(__name__)\n", "unhealthy: answered b'HTTP/1.0 404"),
         ("raise RuntimeError('no database')\n", "RuntimeError: no database"),
     ],
-    ids=["no /health", "a crash"],
+    ids=["no /health", "crash"],
 )
-def test_up_says_why_not(ready: Project, app: str, reason: str) -> None:
-    """An application that is not healthy is not up: why is said, and nothing is left."""
+def test_up_reports_failures(ready: Project, app: str, reason: str) -> None:
+    """If the application is unhealthy or crashes, `make up` fails, says why and leaves nothing running."""
     ready.write({"app.py": app})
-    # A clock that goes twice as fast: `make up` waits 15 s.
+    # The clock runs at double speed, because `make up` waits 15 s.
     replace_program(ready, "date", f"echo $(($({shutil.which('date')} +%s) * 2))")
     done = ready.run("make", "up", check=False)
     assert done.returncode != 0
@@ -133,7 +133,7 @@ def test_up_says_why_not(ready: Project, app: str, reason: str) -> None:
 
 
 def test_up_on_a_taken_port(ready: Project) -> None:
-    """If something else has the port, `make up` fails and says so; it never takes that for its own."""
+    """If something else has the port, `make up` fails and says so, even if that is a healthy service."""
     with socket.create_server(address(ready)):
         done = ready.run("make", "up", check=False)
     assert done.returncode != 0
@@ -146,8 +146,8 @@ def test_up_on_a_taken_port(ready: Project) -> None:
     assert f"PORT={ready.environ['PORT']} is taken: something answers there" in done.stderr
 
 
-def test_the_env_file_counts(ready: Project) -> None:
-    """.env says what to serve and where, as for compose; the environment comes first."""
+def test_env_file(ready: Project) -> None:
+    """.env sets what is served, as with compose; environment variables take precedence."""
     ready.write({"mine/web.py": APP.format(text="from a folder") + "\n\ndef make():\n    return app\n"})
     text = "# mine\nLOG_LEVEL=debug\nTITLE=two words\nAPP_DIR='mine' # here\nexport APP=web:make() # a factory\n"
     (ready.folder / ".env").write_bytes(text.replace("\n", "\r\n").encode() + b"UID=1\nPORT=1")
@@ -156,7 +156,7 @@ def test_the_env_file_counts(ready: Project) -> None:
 
 
 def test_down_spares_another_process(bare: Project) -> None:
-    """A number that a restart of the machine has given to another process, a server even, ends nobody."""
+    """If a restart gave the recorded process id to another process, `make down` leaves that process alone."""
     with subprocess.Popen([sys.executable, "-m", "http.server", "0"], stdout=subprocess.DEVNULL) as other:
         (bare.folder / ".serve.pid").write_text(f"{other.pid}\n")
         bare.run("make", "down")
@@ -166,8 +166,8 @@ def test_down_spares_another_process(bare: Project) -> None:
 
 
 def test_an_old_python_is_refused(bare: Project) -> None:
-    """A Python that is too old is refused in one line that says what it takes."""
-    # A python3 that says it is 3.10.
+    """A Python that is too old is refused, with one line that says which version it needs."""
+    # A python3 that claims to be 3.10.
     replace_program(bare, "python3", f'exec {sys.executable} -c "import sys; sys.version_info = (3, 10); $2"')
     done = bare.run("make", ".venv-runtime/ready", check=False)
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""What it takes from the environment: where it listens, which application, and one line where a variable is wrong."""
+"""Settings from the environment: valid and invalid values, where the server listens, which application it runs."""
 
 import pathlib
 import re
@@ -30,7 +30,7 @@ text = "not callable"
 
 
 def test_defaults() -> None:
-    """With nothing set, the settings are those that README.md and docs/production.md name."""
+    """With nothing set, the settings have the defaults that README.md and docs/production.md list."""
     settings = read_settings({"PATH": "/bin"})
     assert settings[:6] == ("app:app", 10, 0, 8, True, "INFO")
     assert (settings.waitress.host, settings.waitress.port, settings.unknown) == ("*", 5000, [])
@@ -49,7 +49,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "field", "taken"),
+    ("variable", "value", "field", "expected"),
     [
         ("APP", "a.b:c", "application", "a.b:c"),
         ("READ_TIMEOUT", "0.1", "read_timeout", 0.1),
@@ -71,16 +71,16 @@ def test_defaults() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:No proxy headers were marked as trusted:DeprecationWarning")
-def test_taken(variable: str, value: str, field: str, taken: object) -> None:
-    """A variable with a possible value counts, up to the smallest and the largest that there are."""
+def test_valid_value(variable: str, value: str, field: str, expected: object) -> None:
+    """A valid value is used, including the smallest and the largest."""
     settings = read_settings({variable: value})
-    assert getattr(settings, field, None) == taken or getattr(settings.waitress, field) == taken
+    assert getattr(settings, field, None) == expected or getattr(settings.waitress, field) == expected
     assert settings.unknown == []
 
 
 SECONDS = "takes seconds, from {} to 86400"
 WHOLE = "takes a whole number from {}"
-TAKES = {
+INVALID = {  # per variable: the message, and values that it must refuse
     "PORT": (
         "takes a whole number from 0 to 65535",
         ["", "http", "-1", "+80", "65536", "70000", "5000 5001", "\u0668"],
@@ -109,10 +109,10 @@ TAKES = {
 
 @pytest.mark.parametrize(
     ("variable", "value", "problem"),
-    [(variable, value, problem) for variable, (problem, values) in TAKES.items() for value in values],
+    [(variable, value, problem) for variable, (problem, values) in INVALID.items() for value in values],
 )
-def test_refused(variable: str, value: str, problem: str) -> None:
-    """A value that cannot be used is refused in one line: the variable, the value, what it takes."""
+def test_invalid_value(variable: str, value: str, problem: str) -> None:
+    """An invalid value is refused with one line: the variable, the value, what the variable takes."""
     with pytest.raises(SettingError) as refused:
         read_settings({variable: value})
     assert str(refused.value) == f"{variable}={value!r}: {problem}"
@@ -129,17 +129,17 @@ def test_refused(variable: str, value: str, problem: str) -> None:
         ),
     ],
 )
-def test_wrong_settings_end_it(start: Callable, environ: dict[str, str], line: str) -> None:
-    """A wrong variable, or several that exclude each other, end the start with exit code 2 and that one line."""
+def test_invalid_settings_stop_the_start(start: Callable, environ: dict[str, str], line: str) -> None:
+    """An invalid variable, or an invalid combination, ends the start with exit code 2 and one line that says why."""
     with start(**environ) as running:
         assert running.ended() == 2
         assert re.fullmatch(f"serve: {line}\n", running.log.read_text())
 
 
-def test_names_that_are_no_setting(start: Callable) -> None:
-    """A platform may set names that begin with WAITRESS_: they are reported in one warning, and left alone."""
+def test_unknown_variables(start: Callable) -> None:
+    """Unknown variables that begin with WAITRESS_ do not stop the start; one warning lists them all."""
     environ = {
-        "WAITRESS_SERVICE_HOST": "10.0.0.1",  # as Kubernetes does for a Service named waitress
+        "WAITRESS_SERVICE_HOST": "10.0.0.1",  # set by Kubernetes for a Service named waitress
         "WAITRESS_PORT": "tcp://10.0.0.1:5000",
         "WAITRESS_TREADS": "8",
         "WAITRESS_threads": "x",
@@ -152,7 +152,7 @@ def test_names_that_are_no_setting(start: Callable) -> None:
 
 @pytest.mark.filterwarnings("ignore:send_bytes will be removed:DeprecationWarning")
 def test_every_setting_of_waitress_is_known() -> None:
-    """Each setting takes its own default: a release of waitress that reads settings otherwise fails here."""
+    """Every waitress setting accepts its own default: if a release reads settings differently, this fails."""
     trust = {"WAITRESS_TRUSTED_PROXY": "::1", "WAITRESS_TRUSTED_PROXY_HEADERS": "forwarded"}
     for name, _ in Adjustments._params:
         default = getattr(Adjustments, name, None)
@@ -176,15 +176,15 @@ def test_every_setting_of_waitress_is_known() -> None:
     ],
 )
 def test_listens(start: Callable, bind: str | None, hosts: list[str]) -> None:
-    """It listens on IPv4 and IPv6 unless BIND says otherwise, and logs a usable address of each."""
+    """The server listens on IPv4 and IPv6 unless BIND restricts it, and logs a URL for each."""
     with start(BIND=bind) as running:
         for url, host in zip(running.listening(addresses=len(hosts)), hosts, strict=True):
             port = url.rpartition(":")[2]
             assert get(f"http://{host}:{port}/") == (200, "/")
 
 
-def test_taken_port(start: Callable) -> None:
-    """A port that is taken ends the start with exit code 1 and one line that names it."""
+def test_port_in_use(start: Callable) -> None:
+    """A port that is in use ends the start with exit code 1 and one line that names it."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with start(PORT=str(port)) as running:
@@ -197,7 +197,7 @@ def test_taken_port(start: Callable) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with applications, most of which are none."""
+    """A folder of modules for APP to name, most of them unusable."""
     folder = tmp_path_factory.mktemp("applications")
     for name, text in {
         "app": APPLICATION,
@@ -223,7 +223,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     "name", ["app:Group.inner", "package:create_app()", "package.inner:create_app()", "quiet:app", "runs:app"]
 )
 def test_application_by_name(folder: pathlib.Path, name: str) -> None:
-    """APP names an application, with dots or by a factory; neither its logging nor its app.run() is in the way."""
+    """APP can name an attribute or a factory; an application that configures logging or calls run() still starts."""
     with Server(folder, APP=name) as running:
         assert get(running.listening()[0] + "/here") == (200, "/here")
 
@@ -245,13 +245,13 @@ FORM = "takes module:attribute such as app:app, or module:factory()"
         ("broken:app", "KeyError: 'NOT_SET'"),
         ("broken:app", "broken.py, line 4)"),
         ("typo:app", "SyntaxError"),
-        ("uses:app", "uses.py, line 6)"),  # and not the library's line
+        ("uses:app", "uses.py, line 6)"),  # not the line in the library
         ("leaves:app", "SystemExit: DATABASE is not set"),
         ("lines:app", "ValueError: one two"),
     ],
 )
-def test_wrong_application(folder: pathlib.Path, name: str, problem: str) -> None:
-    """An APP that is none ends the start with exit code 2 and one line that says what is wrong with it."""
+def test_unusable_application(folder: pathlib.Path, name: str, problem: str) -> None:
+    """An APP that cannot be loaded ends the start with exit code 2 and one line that says why."""
     with Server(folder, APP=name) as running:
         assert running.ended() == 2
         errors = running.log.read_text()
