@@ -1,11 +1,11 @@
-# `make` lists the targets.
+# `make` lists the commands. Each is short for a standard one; README.md names it.
 .DEFAULT_GOAL := help
 .PHONY: help up down dev test test-all check lock upgrade wheels reproduce bench
 
 # PYTHON_IMAGE and PIP_CONF come from the environment; .env is for compose.
 build = docker build --build-arg PYTHON_IMAGE $(PIP_CONF:%=--secret=id=pip_conf,src=%)
 
-help:      ## print this list
+help:      ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 # ---- run -----------------------------------------------------------------------------------------------------------
@@ -13,17 +13,17 @@ up:        ## build, start, wait until healthy, print the address; without Docke
 	@if scripts/without-docker why; then scripts/without-docker up; \
 	else docker compose up --build --wait && echo "http://$$(docker compose port web 5000)"; fi
 
-down:      ## stop and remove what `make up` or `make dev` started; volumes stay
+down:      ## stop and remove what `make up` or `make dev` started; keep volumes
 	@scripts/without-docker down
 	@if docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then docker compose --profile '*' down; fi
 
-dev:       ## serve your folder with live reload, on this machine only, until Ctrl-C
+dev:       ## serve your working copy with live reload, on this machine only, until Ctrl-C
 	DEV_USER=$$(id -u):$$(id -g) docker compose up --build --watch dev
 
 # ---- check ---------------------------------------------------------------------------------------------------------
-test: .venv/ready ## run the tests, except the slow ones
+test: .venv/ready ## run the quick tests
 	.venv/bin/pytest -m 'not slow'
-	@echo 'Not run: the tests marked slow. `make test-all` runs them too.'
+	@echo 'The slow tests were left out. `make test-all` runs them too.'
 
 test-all: .venv/ready ## run all tests
 	.venv/bin/pytest
@@ -39,20 +39,20 @@ check: .venv/ready ## lint, and fail if a lock is out of date
 
 # ---- dependencies --------------------------------------------------------------------------------------------------
 # --no-cache-filter: a cached step would not know of new releases.
-lock:      ## pin what the .in files ask for, and keep the pins that fit
+lock:      ## pin what the .in files ask for; keep the pins that still fit
 	$(build) --target lock --no-cache-filter relock --output . .
 
 upgrade:   ## pin the newest releases that the .in files allow
 	$(build) --target lock --no-cache-filter relock --build-arg PIP_COMPILE_OPTIONS=--upgrade --output . .
 
-wheels:    ## collect the locked wheels, to build without a network
+wheels:    ## download the locked wheels, to build without a network
 	$(build) --target wheels --output wheels .
 
 # ---- verify --------------------------------------------------------------------------------------------------------
 reproduce: ## build twice without cache and compare digests
 	scripts/reproduce
 
-bench:     ## compare image and service with the alternatives; needs wrk and slowhttptest, takes minutes
+bench:     ## compare image and server with the alternatives; takes minutes, needs wrk and slowhttptest
 	python3 bench/container.py
 	python3 bench/service.py
 

@@ -1,6 +1,6 @@
-# Releases: `docker buildx bake` builds both images for each platform, lists what is in them and pushes them.
-# The workflow does it for a tag. By hand it needs a multi-platform builder: docs/building.md.
-# Each variable is read from the environment; .env is for compose.
+# Releases: `docker buildx bake` builds both images for each platform, with SBOM and provenance, and pushes them.
+# The workflow runs it for a tag. By hand, it needs a multi-platform builder: docs/building.md.
+# The variables come from the environment; .env is for compose.
 variable "IMAGE"        { default = "flask-helloworld" }
 variable "VERSION"      { default = "dev" }
 variable "REVISION"     { default = "" }
@@ -21,8 +21,8 @@ target "runtime" {
   tags      = ["${IMAGE}:${VERSION}"]
   platforms = ["linux/amd64", "linux/arm64"]
   attest    = ["type=provenance,mode=max", "type=sbom"]
-  # With SOURCE_DATE_EPOCH set to the commit's time, all files get that time. The digest of each image then depends only
-  # on the commit, the base image and the labels below.
+  # Files newer than SOURCE_DATE_EPOCH, the commit's time, get that time. The same commit, base image, labels and
+  # BuildKit then give each image the same digest.
   output    = ["type=registry,rewrite-timestamp=true"]
   labels = {
     "org.opencontainers.image.version"  = VERSION

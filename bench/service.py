@@ -3,8 +3,8 @@
     python bench/service.py [--only throughput] [--runs 5] [--seconds 3] [--quick] [--image NAME]...
 
 Needs Linux with two CPUs, a Docker Engine on it, the base image (PYTHON_IMAGE names another), wrk and slowhttptest.
-Servers are measured in turn (A B C A B C). A ratio compares the measurements of one round, and its median is given
-with the smallest and the largest. Seconds and requests hold for this machine only, a ratio travels.
+Servers are measured in turn (A B C A B C). A ratio compares two servers within a round; the median, the smallest and
+the largest are given. Between machines, compare ratios, not seconds or requests.
 """
 
 import argparse
@@ -29,17 +29,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 NAME = f"flask-helloworld-bench-{uuid.uuid4().hex[:8]}"
 MEASURES = ["latency", "throughput", "stops", "slow", "memory"]
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-OK, END = b"HTTP/1.1 200 ", b"\r\n\r\nHello, world!\n"  # how an answer begins and ends
+RESPONSE_START, RESPONSE_END = b"HTTP/1.1 200 ", b"\r\n\r\nHello, world!\n"
 
-# The two settings: options of `docker run`, and the CPUs of the load generator.
+# For each setup, the options of `docker run` and the CPUs of the load generator.
 COMPOSE = ["--cpus=1", "--cpuset-cpus=0,1", "--memory=256m"]
-SETTINGS = {
-    "As compose runs it: a quota of one CPU (`--cpus=1`), on two that the load generator shares": (COMPOSE, {0, 1}),
-    "A CPU of its own (`--cpuset-cpus=0`), the load generator on the other": (["--cpuset-cpus=0"], {1}),
+CPU_SETUPS = {
+    "As in compose: a quota of one CPU (`--cpus=1`), on two CPUs shared with the load generator": (COMPOSE, {0, 1}),
+    "A CPU of its own (`--cpuset-cpus=0`); the load generator has the other": (["--cpuset-cpus=0"], {1}),
 }
 
-# gunicorn and granian on top of the image, for the measurement only.
-RIVALS = """
+# The image with gunicorn and granian, for this measurement only.
+RIVALS_DOCKERFILE = """
 ARG PYTHON_IMAGE IMAGE
 FROM $PYTHON_IMAGE AS builder
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf --mount=type=cache,target=/root/.cache/pip \\
@@ -51,20 +51,20 @@ ENV PYTHONPATH=/rivals
 VERSIONS = "import importlib.metadata as m; [print(n, m.version(n)) for n in ('waitress', 'gunicorn', 'granian')]"
 TUNING = ["--asyncore-use-poll", "--connection-limit=2000", "--backlog=4096"]
 LEGEND = f"""
-All serve the same application, from the same image layers, with four threads. gunicorn's sync workers have no threads
-and no keep-alive: there are four of them, and each request takes a new connection.
+All serve the same application, from the same image layers, with four threads. gunicorn sync has no threads and no
+keep-alive: it runs four workers, and each request needs a new connection.
 
-- Access log: the service writes it, and the engine reads it (`local` driver). The others write none, as is their
-  default. That is our handicap.
-- Tuning or code: `waitress-serve, tuned` has `{" ".join(TUNING)}`, which the
-  service has by default. What it has over `waitress-serve` is tuning; what the service has over it is code. gunicorn
-  and granian are not tuned. Without tuning, waitress-serve takes 100 connections: of 256, the others wait.
+- Access log: only the service writes one, and the engine reads it (`local` driver): both cost it speed. By default,
+  the others write none.
+- Tuning or code: `waitress-serve, tuned` has `{" ".join(TUNING)}`, as the
+  service has by default. Its lead over `waitress-serve` is tuning; the lead of the service over it is code. gunicorn
+  and granian are not tuned. Untuned, waitress-serve accepts 100 connections: of 256, the others wait.
 - Versions:"""
 WAITRESS, TUNED = "waitress-serve", "waitress-serve, tuned"
 
 
 def other_servers(image: str, rivals: str) -> dict[str, list[str]]:
-    """Return the image and command of each other server by its name."""
+    """Return the image and command of each other server, by name."""
     waitress = [image, "waitress-serve", "--listen=*:5000", "--threads=4"]
     gunicorn = [rivals, "python", "-m", "gunicorn", "--bind=0.0.0.0:5000"]
     granian = [rivals, "python", "-m", "granian", "--host=0.0.0.0", "--port=5000", "--interface=wsgi"]
@@ -78,21 +78,21 @@ def other_servers(image: str, rivals: str) -> dict[str, list[str]]:
 
 
 def run(*command: object, **options: object) -> str:
-    """Run a command, fail if it fails, return what it prints."""
+    """Run a command and return its output; raises CalledProcessError."""
     options = {"check": True, "text": True, "stdout": subprocess.PIPE} | options
     return subprocess.run([str(part) for part in command], **options).stdout
 
 
 @contextlib.contextmanager
 def container(*arguments: str) -> Iterator[tuple[str, str]]:
-    """Run a container until the end; give its id and address, once it answers."""
+    """Run a container for a `with` block; yield its id and address once it answers."""
     name = run("docker", "run", "--detach", "--log-driver=local", *arguments).strip()
     try:
         field = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
         address = run("docker", "inspect", f"--format={field}", name).strip()
         for _ in range(600):
             with contextlib.suppress(OSError), connect(address) as connection:
-                ask(connection)
+                request(connection)
                 break
             time.sleep(0.05)
         else:
@@ -103,38 +103,38 @@ def container(*arguments: str) -> Iterator[tuple[str, str]]:
 
 
 def connect(address: str) -> socket.socket:
-    """Return a connection to a server, on which nothing takes longer than 20 s."""
+    """Connect to a server, with a timeout of 20 s."""
     return socket.create_connection((address, 5000), 20)
 
 
-def ask(connection: socket.socket) -> bool:
-    """Send a request, take its answer to the last byte, tell whether another may follow; raises OSError without one."""
+def request(connection: socket.socket) -> bool:
+    """Send a request and read the whole response; return whether the connection stays open. Raises OSError."""
     connection.sendall(REQUEST)
-    answer = b""
-    while not answer.endswith(END):
+    response = b""
+    while not response.endswith(RESPONSE_END):
         part = connection.recv(4096)
-        answer += part
-        if not part or not OK.startswith(answer[: len(OK)]):
-            raise ConnectionError(f"no whole answer with status 200: {answer!r}")
-    return b"connection: close" not in answer.lower()
+        response += part
+        if not part or not RESPONSE_START.startswith(response[: len(RESPONSE_START)]):
+            raise ConnectionError(f"not a complete response with status 200: {response!r}")
+    return b"connection: close" not in response.lower()
 
 
 def latency(seconds: float, address: str) -> float:
-    """Return the inverse of the median seconds of a lone client's requests, with reconnecting if it is told to."""
-    taken, connection = [], connect(address)
+    """Return the inverse of the median request time of one client, reconnects included: higher is better."""
+    durations, connection = [], connect(address)
     end = time.perf_counter() + seconds
     while (start := time.perf_counter()) < end:
-        if not ask(connection):
+        if not request(connection):
             connection.close()
             connection = connect(address)
-        taken.append(time.perf_counter() - start)
+        durations.append(time.perf_counter() - start)
     connection.close()
-    return 1 / statistics.median(taken)
+    return 1 / statistics.median(durations)
 
 
 def throughput(connections: int, seconds: float, address: str) -> float:
-    """Return the requests per second that so many busy clients get answered."""
-    # A long timeout: some of these servers let some clients wait.
+    """Return the requests per second of `connections` busy clients."""
+    # wrk's default, 2 s, would report clients that a server keeps waiting as errors.
     options = ["--threads=1", "--timeout=60s", f"--connections={connections}", f"--duration={seconds}s"]
     report = run("wrk", *options, f"http://{address}:5000/")
     if "Non-2xx" in report or "Socket errors" in report:
@@ -143,14 +143,14 @@ def throughput(connections: int, seconds: float, address: str) -> float:
 
 
 def speed(addresses: list[str], options: argparse.Namespace) -> Iterator[list[str]]:
-    """Give a row for each figure: that of the first server, then those of the others with their ratios to it."""
+    """Yield a row for each figure: the first server's value, then the values of the others with their ratios to it."""
     figures = {}
     if "latency" in options.only:
         figures["median latency of one keep-alive client (ratio: inverse)"] = partial(latency, options.seconds)
     for connections in (1, 16, 64, 256) if "throughput" in options.only else ():
         figures[f"requests/s, connections: {connections}"] = partial(throughput, connections, options.seconds)
     for address in addresses:
-        throughput(16, 1, address)  # warms it up
+        throughput(16, 1, address)  # warm up
     for name, figure in figures.items():
         rounds = [[figure(address) for address in addresses] for _ in range(options.runs)]
         cells = []
@@ -163,82 +163,82 @@ def speed(addresses: list[str], options: argparse.Namespace) -> Iterator[list[st
         yield [name, *cells]
 
 
-def keep_asking(address: str, answers: list[bool]) -> None:
-    """Ask on a keep-alive connection until nobody listens any more; append to `answers` whether each came whole."""
+def request_until_refused(address: str, succeeded: list[bool]) -> None:
+    """Send requests, with keep-alive, until nothing listens any more; append to `succeeded` whether each one did."""
     while True:
         try:
             connection = connect(address)
         except OSError as error:
             if error.errno not in {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH}:
-                answers.append(False)
+                succeeded.append(False)
             return
         with connection:
             try:
-                another = True
-                while another:
-                    another = ask(connection)
-                    answers.append(True)
+                is_open = True
+                while is_open:
+                    is_open = request(connection)
+                    succeeded.append(True)
             except OSError:
-                answers.append(False)
+                succeeded.append(False)
 
 
 def stops(name: str, command: list[str], count: int) -> list[str]:
-    """Return a row: `docker stop`, so many times, while 16 clients with keep-alive connections ask."""
-    answers, taken = [], []
+    """Return a row: `docker stop`, `count` times, while 16 clients with keep-alive send requests."""
+    succeeded, durations = [], []
     for _ in range(count):
         with ThreadPoolExecutor(16) as clients, container(*COMPOSE, *command) as (container_id, address):
             for _ in range(16):
-                clients.submit(keep_asking, address, answers)
-            time.sleep(1)  # of work before the stop
+                clients.submit(request_until_refused, address, succeeded)
+            time.sleep(1)  # under load before the stop
             start = time.perf_counter()
             run("docker", "stop", container_id)
-            taken.append(time.perf_counter() - start)
-    failed = f"{answers.count(False):,} of {len(answers):,}"
-    return [name, failed, f"{max(taken):.2f} s", f"{statistics.median(taken):.2f} s"]
+            durations.append(time.perf_counter() - start)
+    failed = f"{succeeded.count(False):,} of {len(succeeded):,}"
+    return [name, failed, f"{max(durations):.2f} s", f"{statistics.median(durations):.2f} s"]
 
 
-def honest(address: str, delay: float) -> float:
-    """Return the seconds that one request on a new connection takes, after so many seconds; infinity if it fails."""
+def time_request(address: str, delay: float) -> float:
+    """Wait `delay` seconds; return the seconds for one request on a new connection, infinity if it fails."""
     time.sleep(delay)
     start = time.perf_counter()
     try:
         with connect(address) as connection:
-            ask(connection)
+            request(connection)
     except OSError:
         return float("inf")
     return time.perf_counter() - start
 
 
 def slow(name: str, command: list[str], kind: str, count: int) -> list[str]:
-    """Return a row: 40 honest requests while `count` clients drip their headers (-H) or bodies (-B)."""
+    """Return a row: 40 normal requests while `count` clients send their headers (-H) or bodies (-B) slowly."""
     with container(*COMPOSE, *command) as (_, address), ThreadPoolExecutor(40) as pool:
         options = [kind, "-c", str(count), "-r", "1000", "-i", "1", "-l", "60", "-u", f"http://{address}:5000/"]
         with subprocess.Popen(["slowhttptest", *options], stdout=subprocess.DEVNULL) as attack:
-            time.sleep(count / 1000 + 1)  # for all of them to be there
-            taken = list(pool.map(partial(honest, address), [number / 4 for number in range(40)]))
+            time.sleep(count / 1000 + 1)  # until all are connected
+            durations = list(pool.map(partial(time_request, address), [number / 4 for number in range(40)]))
             attack.terminate()
-    within = [f"{sum(each <= limit for each in taken)} of {len(taken)}" for limit in (1, 2)]
-    slowest = f"{max(taken):.2f} s" if max(taken) < float("inf") else "over 20 s, or failed"
+    within = [f"{sum(each <= limit for each in durations)} of {len(durations)}" for limit in (1, 2)]
+    slowest = f"{max(durations):.2f} s" if max(durations) < float("inf") else "over 20 s, or failed"
     return [f"{count:,} {'headers' if kind == '-H' else 'bodies'}, {name}", *within, slowest]
 
 
 def memory(name: str, command: list[str]) -> list[str]:
-    """Return a row: what the server's process holds after 1,000 and after 100,000 requests."""
+    """Return a row: the memory of the server's process after 1,000 and after 100,000 requests."""
     with container(*COMPOSE, *command) as (container_id, address):
         process = run("docker", "inspect", "--format={{.State.Pid}}", container_id).strip()
         with connect(address) as connection:
             for _ in range(1_000):
-                ask(connection)
-        first, asked = resident(process), 1_000
-        while asked < 100_000:
+                request(connection)
+        first, sent = resident_memory(process), 1_000
+        while sent < 100_000:
             report = run("wrk", "--threads=1", "--connections=16", "--duration=10s", f"http://{address}:5000/")
-            asked += int(re.search(r"(\d+) requests in", report)[1])
-        last = resident(process)
+            sent += int(re.search(r"(\d+) requests in", report)[1])
+        last = resident_memory(process)
     return [name, f"{first:.1f} MiB", f"{last:.1f} MiB", f"{last / first:.3f} x"]
 
 
-def resident(process: str) -> float:
-    """Return what a process holds in memory, in MiB."""
+def resident_memory(process: str) -> float:
+    """Return the resident memory of a process, in MiB."""
     status = pathlib.Path(f"/proc/{process}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
@@ -258,41 +258,41 @@ def measure(options: argparse.Namespace) -> None:
     if not options.image:
         run(*build, f"--tag={NAME}", ROOT)
     ours = {"this image" if image == NAME else image: ["--env=WAITRESS_THREADS=4", image] for image in images}
-    everyone = other_servers(images[0], rivals) | ours
-    shown = [WAITRESS, *ours] if options.quick else list(everyone)
+    servers = other_servers(images[0], rivals) | ours
+    names = [WAITRESS, *ours] if options.quick else list(servers)
     if {"latency", "throughput"} & set(options.only):
-        run(*build, f"--build-arg=IMAGE={images[0]}", f"--tag={rivals}", "-", input=RIVALS)
+        run(*build, f"--build-arg=IMAGE={images[0]}", f"--tag={rivals}", "-", input=RIVALS_DOCKERFILE)
         print(LEGEND, run("docker", "run", "--rm", rivals, "python", "-c", VERSIONS).strip())
-        for setting, (limits, cpus) in SETTINGS.items():
+        for setup, (limits, cpus) in CPU_SETUPS.items():
             with contextlib.ExitStack() as stack:
-                addresses = [stack.enter_context(container(*limits, *everyone[name]))[1] for name in shown]
+                addresses = [stack.enter_context(container(*limits, *servers[name]))[1] for name in names]
                 os.sched_setaffinity(0, cpus)
-                table(f"{setting} (medians of {options.runs})", shown, speed(addresses, options))
+                table(f"{setup} (medians of {options.runs})", names, speed(addresses, options))
                 os.sched_setaffinity(0, {0, 1})
     if "stops" in options.only:
-        rows = (stops(name, everyone[name], options.stops) for name in (WAITRESS, *ours))
+        rows = (stops(name, servers[name], options.stops) for name in (WAITRESS, *ours))
         table(f"{options.stops} x `docker stop` under 16 clients", ["failed requests", "slowest", "median"], rows)
     if "slow" in options.only:
-        beside = [name for name in shown if name in {WAITRESS, TUNED, *ours}]
-        attacks = [(name, "-H", count) for count in (1_000, 3_000) for name in beside]
+        waitresses = [name for name in names if name in {WAITRESS, TUNED, *ours}]
+        attacks = [(name, "-H", count) for count in (1_000, 3_000) for name in waitresses]
         attacks += [(name, "-B", 1_000) for name in ours]
-        rows = (slow(name, everyone[name], kind, count) for name, kind, count in attacks)
-        caption = f"40 requests in 10 s beside slow clients, answered (tuned: `{' '.join(TUNING)}`)"
+        rows = (slow(name, servers[name], kind, count) for name, kind, count in attacks)
+        caption = f"Of 40 requests in 10 s, answered beside slow clients (tuned: `{' '.join(TUNING)}`)"
         table(caption, ["within 1 s", "within 2 s", "slowest"], rows)
     if "memory" in options.only:
-        rows = (memory(name, everyone[name]) for name in (WAITRESS, *ours))
+        rows = (memory(name, servers[name]) for name in (WAITRESS, *ours))
         table("Resident memory", ["after 1,000 requests", "after 100,000", "ratio"], rows)
 
 
 def main() -> None:
-    """Read the options, see that all is there, measure, clean up."""
+    """Read the options, check the requirements, measure, clean up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="what to measure (default: all)")
     parser.add_argument("--runs", type=int, default=5, help="rounds of latency and throughput (default: 5)")
-    parser.add_argument("--seconds", type=int, default=3, help="for each figure of a round (default: 3)")
-    parser.add_argument("--stops", type=int, default=20, help="how often to stop a container (default: 20)")
+    parser.add_argument("--seconds", type=int, default=3, help="seconds for a figure in each round (default: 3)")
+    parser.add_argument("--stops", type=int, default=20, help="stops of each server (default: 20)")
     parser.add_argument("--quick", action="store_true", help="only waitress-serve at its defaults and the service")
-    parser.add_argument("--image", action="append", help="a built image to measure; may be repeated")
+    parser.add_argument("--image", action="append", help="a built image to measure instead; may be repeated")
     options = parser.parse_args()
     if missing := [tool for tool in ("wrk", "slowhttptest") if not shutil.which(tool)]:
         sys.exit(f"bench/service.py needs {' and '.join(missing)}: apt-get install wrk slowhttptest")
@@ -300,13 +300,13 @@ def main() -> None:
         sys.exit("bench/service.py needs two CPUs, 0 and 1")
     os.sched_setaffinity(0, {0, 1})
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # 3,000 slow clients are more than the usual 1,024
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # 3,000 slow clients need more than the usual 1,024
     default = re.search(r"^FROM (\S+) AS pinned$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
     os.environ.setdefault("PYTHON_IMAGE", default)
     try:
         measure(options)
     finally:
-        # One of them may not have been built.
+        # Either may be missing.
         run("docker", "image", "rm", "--force", NAME, f"{NAME}-rivals", check=False, stderr=subprocess.DEVNULL)
 
 

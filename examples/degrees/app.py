@@ -8,9 +8,9 @@ from contextlib import closing, suppress
 from flask import Flask, Response, abort, jsonify, request, url_for
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
-DATABASE = pathlib.Path(os.environ.get("DATABASE", "degrees.sqlite3")).absolute()  # "" would be a temporary database
+DATABASE = pathlib.Path(os.environ.get("DATABASE", "degrees.sqlite3")).absolute()  # to SQLite, "" is a temporary file
 ROW = f"/degrees/<int(max={2**63 - 1}):row_id>"  # the largest integer in SQLite
-FIELDS = {"year": range(1, 10_000), "degrees": range(2**63)}  # and the values they take
+FIELDS = {"year": range(1, 10_000), "degrees": range(2**63)}  # with their allowed values
 TABLE = """CREATE TABLE degrees (
     id INTEGER PRIMARY KEY AUTOINCREMENT, -- the id of a deleted row is never used again
     year INTEGER NOT NULL UNIQUE,
@@ -21,14 +21,14 @@ SEED = [(0, 1990, 5818), (1, 1991, 5725), (2, 1992, 6005), (3, 1993, 6123), (4, 
 # Create the database unless it exists. Several processes may do this at the same time.
 try:
     with closing(sqlite3.connect(DATABASE, timeout=2)) as connection, connection:
-        with suppress(sqlite3.OperationalError):  # another process is making the same change
-            connection.execute("PRAGMA journal_mode = WAL")  # a write-ahead log: reads do not wait for writes
+        with suppress(sqlite3.OperationalError):  # another process is doing the same
+            connection.execute("PRAGMA journal_mode = WAL")  # write-ahead log: reads do not wait for writes
         connection.execute("BEGIN IMMEDIATE")  # one process creates the table, the others wait
         if not connection.execute("SELECT * FROM sqlite_schema WHERE name = 'degrees'").fetchone():
             connection.execute(TABLE)
             connection.executemany("INSERT INTO degrees VALUES (?, ?, ?)", SEED)
 except sqlite3.Error as error:
-    raise SystemExit(f"DATABASE={str(DATABASE)!r}: {error}; takes a file in a folder that can be written") from error
+    raise SystemExit(f"DATABASE={str(DATABASE)!r}: {error}; must name an SQLite file in a writable folder") from error
 
 app = Flask(__name__, static_folder=None)
 app.json.sort_keys = False  # keep the order of the columns
@@ -60,7 +60,7 @@ def values_from_body(**optional: range) -> tuple[int, int]:
         abort(400)
     fields = FIELDS | optional
     if not isinstance(row, dict) or not FIELDS.keys() <= row.keys() <= fields.keys():
-        abort(400, "takes an object with year and degrees")
+        abort(400, "the body must be an object with only year and degrees")
     for name, value in row.items():
         if type(value) is not int or value not in fields[name]:  # isinstance would take True for an int
             abort(400, f"{name} takes a whole number from {fields[name][0]} to {fields[name][-1]}")
@@ -69,7 +69,7 @@ def values_from_body(**optional: range) -> tuple[int, int]:
 
 @app.get("/degrees")
 def list_rows() -> list:
-    """Return the rows in the order of their years: from year `start`, at most `limit` of them."""
+    """Return the rows in order of year, from year `start`, at most `limit` of them."""
     start = limit = -1
     with suppress(ValueError):
         start, limit = int(request.args.get("start", 0)), int(request.args.get("limit", 1000))
@@ -80,14 +80,14 @@ def list_rows() -> list:
 
 @app.post("/degrees")
 def add_row() -> tuple:
-    """Add a row. Return it, and its address in the header Location."""
+    """Add a row. Return it, with its address in the Location header."""
     row = query("INSERT INTO degrees (year, degrees) VALUES (?, ?) RETURNING *", *values_from_body(), one=True)
     return row, 201, {"Location": url_for("one_row", row_id=row["id"])}
 
 
 @app.route(ROW, methods=["GET", "PUT", "DELETE"])
 def one_row(row_id: int) -> dict | tuple:
-    """Return, replace or delete one row. A PUT may repeat the id, so that a client can send what GET gave it."""
+    """Return, replace or delete one row. A PUT may repeat the id, so a client can send back what GET returned."""
     if request.method == "PUT":
         values = values_from_body(id=range(row_id, row_id + 1))
         return query("UPDATE degrees SET year = ?, degrees = ? WHERE id = ? RETURNING *", *values, row_id, one=True)
@@ -99,13 +99,13 @@ def one_row(row_id: int) -> dict | tuple:
 
 @app.get(f"{ROW}/degrees")
 def degrees_of_one_row(row_id: int) -> dict:
-    """Return the degrees alone."""
+    """Return only the degrees of a row."""
     return query("SELECT degrees FROM degrees WHERE id = ?", row_id, one=True)
 
 
 @app.get("/health")
 def health() -> tuple:
-    """Report that the database can be read. Answer 503 once the server has begun to stop."""
+    """Report whether the database can be read. Answer 503 once the server has begun to stop."""
     query("SELECT * FROM degrees LIMIT 1")
     status, code = ("draining", 503) if request.environ.get("serve.draining") else ("ok", 200)
     return {"status": status}, code, {"Cache-Control": "no-store"}
@@ -113,7 +113,7 @@ def health() -> tuple:
 
 @app.errorhandler(HTTPException)
 def error_as_json(error: HTTPException) -> Response:
-    """Turn Flask's HTML page for an error into one line of JSON. Keep its status and headers, such as Allow."""
+    """Replace Flask's HTML error page by one line of JSON. Keep the status and headers, such as Allow."""
     response = error.get_response()
     response.data = jsonify(error=error.description).data
     response.content_type = "application/json"
@@ -122,6 +122,6 @@ def error_as_json(error: HTTPException) -> Response:
 
 @app.after_request
 def nosniff(response: Response) -> Response:
-    """Tell browsers not to guess another content type."""
+    """Tell browsers not to guess a different content type."""
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
