@@ -1,0 +1,83 @@
+"""The documentation: every command in a `console` block runs and prints what the page shows.
+
+In the output, `[...]` stands for anything. A comment `<!-- not run: REASON -->` above a block leaves it out.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import needs_docker
+from tests.support import ROOT, Project, edit, free_port, run
+
+PAGES = [page for name in ("README.md", "docs/*.md", "examples/*/README.md") for page in sorted(ROOT.glob(name))]
+SLOW = {"building.md", "walkthrough.md"}
+END = "==== exit status "  # printed after each command
+
+
+def blocks(page: pathlib.Path) -> Iterator[list[tuple[str, str]]]:
+    """Yield the console blocks of a page: each command with the output shown for it."""
+    fence = re.compile(r"(<!-- not run: .+? -->\n)?^```console\n(.*?)^```$", re.M | re.S)
+    for skipped, block in fence.findall(page.read_text()):
+        if not skipped:
+            yield re.findall(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.M)
+
+
+def pattern(shown: str) -> str:
+    """Return the regular expression for an output as the page shows it, with one space for any white space."""
+    words = re.escape(" ".join(shown.split()))
+    return words.replace(r"\[\.\.\.\]\ ", "(.* )?").replace(r"\ \[\.\.\.\]", "( .*)?").replace(r"\[\.\.\.\]", ".*")
+
+
+@pytest.fixture
+def names(page: pathlib.Path, project: Project, base: str) -> Iterator[dict[str, str]]:
+    """The names on a page, each with the one that this test uses instead, so that it can run beside anything else."""
+    port = free_port("127.0.0.1")
+    for variable in ("BIND", "PYTHON_IMAGE", "TARGET"):
+        project.environ.pop(variable)
+    # Without attestations, building the same again gives the same image, not one more.
+    project.environ |= {"PORT": str(port), "CURL_HOME": str(project.folder), "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
+    project.write({".curlrc": "no-progress-meter\n"})  # as on a terminal
+    for dockerfile in project.folder.rglob("*Dockerfile"):
+        edit(dockerfile, r"^FROM python:\S+", f"FROM {base}")
+    if page.name in SLOW:
+        # A build cache of its own: `make reproduce` builds without cache, which replaces what others find there.
+        edit(project.folder / "Dockerfile", "^ARG PYTHONDONTWRITEBYTECODE=1", rf"\g<0> CACHE={project.name}")
+    # An old commit: `make reproduce` gives its time to each newer file, and some are in the cache already.
+    commit = "git -c user.name=tests -c user.email=tests@example.org commit --quiet --message test"
+    project.run("git", "init", "--quiet")
+    project.run("git", "add", "--all")
+    project.run(*commit.split(), environ={"GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z"})
+    yield {
+        "flask-helloworld": project.name,
+        "python:3.14-slim": base,
+        "localhost:5000": f"localhost:{port}",
+        "localhost:5001": f"localhost:{port}",
+        "127.0.0.1:5000": f"127.0.0.1:{port}",
+    }
+    # Each page removes what it starts; this is for a page that fails.
+    project.compose("--file", "examples/degrees/compose.yaml", "down", "--volumes")
+    for kind, command in (("container", "ps --all --filter=name="), ("image", "image ls --filter=reference=")):
+        for left in project.run("docker", *f"{command}{project.name}*".split(), "--quiet").stdout.split():
+            project.run("docker", kind, "rm", "--force", left, check=False)
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page.name in SLOW else (), id=page.stem) for page in PAGES]
+)
+def test_commands(page: pathlib.Path, project: Project, names: dict[str, str]) -> None:
+    """Each command prints what the page shows; one without output on the page succeeds."""
+    if page.name == "building.md" and "containerd" not in run("docker", "info", "--format", "{{.DriverStatus}}").stdout:
+        needs_docker("the engine has no containerd image store")
+
+    def here(text: str) -> str:
+        return re.sub("|".join(map(re.escape, names)), lambda name: names[name[0]], text)
+
+    for block in blocks(page):
+        script = "".join(f"{here(command)}\necho '{END}'$?\n" for command, _ in block)
+        printed = re.split(rf"{END}(\d+)\n", project.run("bash", "-c", f"exec 2>&1\n{script}").stdout)
+        for (command, shown), output, status in zip(block, printed[:-1:2], printed[1::2], strict=True):
+            good = re.fullmatch(pattern(here(shown)), " ".join(output.split())) if shown else status == "0"
+            assert good, f"$ {command}\n{output}\nexit status {status}, but the page shows:\n{shown}"
