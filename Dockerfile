@@ -7,8 +7,8 @@
 ARG PYTHON_IMAGE
 FROM python:3.14.7-slim-trixie@sha256:ce40764625a4ff50df3548277632e7f96c4e77fe75fa848aae9885476e7df5a4 AS pinned
 FROM ${PYTHON_IMAGE:-pinned} AS base
-# ARG, not ENV: only RUN steps see these, in this stage and those built on it; the image does not keep them.
-# Python leaves no stray bytecode, which would differ from build to build; pip fails rather than prompt for a password.
+# ARG, not ENV: RUN steps of this stage and of stages based on it see these variables; the image does not have them.
+# Python writes no bytecode by itself, which would differ between builds. pip does not ask for a password, it fails.
 ARG PYTHONDONTWRITEBYTECODE=1 PIP_NO_INPUT=1
 
 # ---- builder: the wheels that requirements.txt pins, each checked against its hash ---------------------------------
@@ -28,8 +28,8 @@ COPY --from=builder /wheels /
 FROM base AS deps
 # (System libraries go here, with apt-get. `minimal` keeps only those that a dependency is linked with.)
 # The official image has no bytecode for its standard library; a read-only container would compile it at every start.
-# Hash-based bytecode does not depend on file times, so two builds give the same files. no_debug_ranges drops the column
-# numbers of tracebacks, a fifth of the bytecode.
+# Hash-based bytecode does not depend on file times, so two builds give the same files. no_debug_ranges removes the
+# column numbers of tracebacks, which makes the bytecode a fifth smaller.
 RUN python -X no_debug_ranges -m compileall -q --invalidation-mode=unchecked-hash \
         -x '/(test|idlelib|tkinter|turtledemo|ensurepip|site-packages)/' \
         "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
@@ -48,24 +48,24 @@ WORKDIR /app
 
 # ---- service: the code, and how it runs ----------------------------------------------------------------------------
 FROM deps AS service
-# --chmod: the same permissions in the image, whatever the umask that the repository was cloned under.
+# --chmod: the same permissions in every image; the umask at `git clone` has no effect.
 COPY --chmod=u=rwX,go=rX serve ./serve
 COPY --chmod=u=rwX,go=rX healthcheck.py ./
 # The folder with app.py.
 ARG APP_DIR=.
-# YOUR APPLICATION: one line for each of its modules and folders. What has no line does not get into the image.
+# YOUR APPLICATION: one line for each module, package, folder and data file. Nothing else gets into the image.
 COPY --chmod=u=rwX,go=rX ${APP_DIR}/app.py ./
 # COPY --chmod=u=rwX,go=rX ${APP_DIR}/templates ./templates
-# checked-hash: if a changed file is mounted over one of these, Python notices. Your own tracebacks keep their columns.
+# checked-hash: Python notices if a changed file is mounted over one of these. Your own tracebacks have column numbers.
 RUN python -m compileall -q --invalidation-mode=checked-hash .
 # An unprivileged user. A number, which Kubernetes' runAsNonRoot can verify.
 USER 65532:65532
-# Creates /data as that user. Docker gives an empty volume mounted there the same owner. The code stays root's.
+# Creates /data as that user. An empty volume that is mounted there gets the same owner. The code still belongs to root.
 WORKDIR /data
 WORKDIR /app
 EXPOSE 5000
 # Every 0.2 s until the first success, so that `up --wait` returns quickly; a slow application needs a longer
-# --start-period. -I and -S skip PYTHON* variables and site-packages: the probe starts a fifth sooner.
+# --start-period. -I and -S skip PYTHON* variables and site-packages: the check starts 20 % faster.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --start-interval=0.2s \
     CMD ["python", "-IS", "/app/healthcheck.py"]
 CMD ["python", "-m", "serve"]

@@ -11,7 +11,8 @@ help:      ## list these commands
 # ---- run -----------------------------------------------------------------------------------------------------------
 up:        ## build, start, wait until healthy, print the address; without Docker, serve from a virtual environment
 	@if scripts/without-docker why; then scripts/without-docker up; \
-	else docker compose up --build --wait && echo "http://$$(docker compose port web 5000)"; fi
+	elif docker compose up --build --wait; then echo "http://$$(docker compose port web 5000)"; \
+	else echo 'make up: if the container is not healthy, `docker compose logs web` says why' >&2; exit 1; fi
 
 down:      ## stop and remove what `make up` or `make dev` started; keep volumes
 	@scripts/without-docker down
@@ -35,15 +36,21 @@ check: .venv/ready ## lint, and fail if a lock is out of date
 	.venv/bin/zizmor --quiet --offline .github
 	$(if $(shell command -v shellcheck),shellcheck scripts/* .ci/run)
 	$(build) --quiet --target lock --no-cache-filter relock --output .venv/lock .
-	diff requirements.txt .venv/lock/ && diff requirements-dev.txt .venv/lock/
+	@diff requirements.txt .venv/lock/ && diff requirements-dev.txt .venv/lock/ || \
+		{ echo 'make check: a lock is out of date; run `make lock`' >&2; exit 1; }
+	@echo 'make check: all passed'
 
 # ---- dependencies --------------------------------------------------------------------------------------------------
-# --no-cache-filter: a cached step would not know of new releases.
+# --no-cache-filter: a cached step would not see new releases. touch: a cached file may have an old time, and make would
+# then not rebuild .venv.
 lock:      ## pin what the .in files ask for; keep the pins that still fit
 	$(build) --target lock --no-cache-filter relock --output . .
+	@touch requirements.txt requirements-dev.txt
 
-upgrade:   ## pin the newest releases that the .in files allow
-	$(build) --target lock --no-cache-filter relock --build-arg PIP_COMPILE_OPTIONS=--upgrade --output . .
+upgrade:   ## pin the newest releases that the .in files allow; PACKAGE=NAME: of one package
+	$(build) --target lock --no-cache-filter relock --output . . \
+		--build-arg PIP_COMPILE_OPTIONS="$(if $(PACKAGE),--upgrade-package=$(PACKAGE),--upgrade)"
+	@touch requirements.txt requirements-dev.txt
 
 wheels:    ## download the locked wheels, to build without a network
 	$(build) --target wheels --output wheels .

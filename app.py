@@ -1,4 +1,4 @@
-"""The greeting service: a plain Flask application. Serving it is the job of serve/.
+"""The greeting service: a plain Flask application. serve/ runs it.
 
 To develop, with live reload and debugger, on this machine only:
 
@@ -62,7 +62,7 @@ def hello_name(name: str) -> Response:
 
 @app.get("/health")
 def health() -> Response:
-    """Answer 200, or 503 once the server is about to stop. Not cacheable: a cache must not answer for the service."""
+    """Answer 200, or 503 once the server is about to stop. Not cacheable: a cache must not give this answer."""
     draining = request.environ.get("serve.draining", False)
     body = json.dumps({"status": "draining" if draining else "ok"})
     response = Response(f"{body}\n", status=503 if draining else 200, mimetype="application/json")
@@ -72,7 +72,7 @@ def health() -> Response:
 
 @app.errorhandler(HTTPException)
 def one_line(error: HTTPException) -> Response:
-    """Answer errors, including crashed views (500), in one line of text. Headers such as Allow stay."""
+    """Answer errors, including exceptions in views (500), in one line of text. Headers such as Allow are kept."""
     response = error.get_response()
     response.mimetype = "text/plain"
     response.data = f"{error.code} {error.name}: {error.description}\n"

@@ -69,7 +69,7 @@ def load_application(name: str) -> Callable:
     """
     module, _, attribute = name.removesuffix("()").partition(":")
     if not (module and attribute) or "(" in attribute:
-        raise SettingError("APP", name, "takes module:attribute such as app:app, or module:factory()")
+        raise SettingError("APP", name, "must be module:attribute, such as app:app, or module:factory()")
     try:
         # With this set, Flask skips an app.run() that was left in the module, and prints a warning.
         os.environ["FLASK_RUN_FROM_CLI"] = "true"

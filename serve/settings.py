@@ -42,7 +42,7 @@ DEFAULTS = {
 
 
 class SettingError(ValueError):
-    """A variable is wrong. The message is one line: the variable, its value, what it takes."""
+    """A variable is wrong. The message is one line: the variable, its value, what it must be."""
 
     def __init__(self, variable: str, value: str | None, problem: str) -> None:
         """Format the message; line breaks in `problem` become spaces."""
@@ -82,7 +82,7 @@ def seconds(environ: Mapping[str, str], variable: str, default: str, smallest: f
     """Return the value of a variable in seconds, from `smallest` to a day. Raises SettingError."""
     value = environ.get(variable, default)
     if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", value) or not smallest <= float(value) <= DAY:
-        raise SettingError(variable, value, f"takes seconds, from {smallest} to {DAY}")
+        raise SettingError(variable, value, f"must be a number of seconds from {smallest} to {DAY}")
     return float(value)
 
 
@@ -90,7 +90,7 @@ def one_of(environ: Mapping[str, str], variable: str, default: str, words: list[
     """Return the value of a variable in upper case. Raises SettingError if it is not one of `words`."""
     value = environ.get(variable, default)
     if value.upper() not in words:
-        raise SettingError(variable, value, f"takes {', '.join(words[:-1])} or {words[-1]}")
+        raise SettingError(variable, value, f"must be {', '.join(words[:-1])} or {words[-1]}")
     return value.upper()
 
 
@@ -98,13 +98,13 @@ def waitress_settings(environ: Mapping[str, str]) -> tuple[Adjustments, list[str
     """Return waitress's settings, and the WAITRESS_ variables that are not among them. Raises SettingError."""
     bind, port = environ.get("BIND", "*"), environ.get("PORT", "5000")
     if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:  # getaddrinfo() takes 70000 for 4464
-        raise SettingError("PORT", port, "takes a whole number from 0 to 65535")
+        raise SettingError("PORT", port, "must be a whole number from 0 to 65535")
     # No IPv6 if the kernel was booted with ipv6.disable=1: it cannot create such sockets.
     address = {"host": bind, "port": port, "ipv6": socket.has_dualstack_ipv6()}
     try:
         Adjustments(**address)
     except ValueError:
-        raise SettingError("BIND", bind, "takes *, or one name or IP address of this machine") from None
+        raise SettingError("BIND", bind, "must be *, or one name or IP address of this machine") from None
 
     settings, unknown = DEFAULTS | address, []
     for variable in sorted(environ):
@@ -129,13 +129,13 @@ def problem_with(name: str, value: str) -> str | None:
     if name in LISTEN:
         return "use BIND and PORT instead"
     if not (value.isascii() and value.isprintable()):
-        return "takes printable ASCII"
+        return "must be printable ASCII"
     if PARSERS[name] is asbool and value.lower() not in BOOLEANS:
-        return "takes true or false"
+        return "must be true or false"
     if PARSERS[name] is int:
         smallest = 0 if name == "channel_request_lookahead" else 1
         if not re.fullmatch("[0-9]{1,12}", value) or int(value) < smallest:
-            return f"takes a whole number from {smallest}"
+            return f"must be a whole number, {smallest} or more"
     if name == "trusted_proxy" and not re.fullmatch(r"[0-9a-f.:]+|\*", value):  # waitress compares strings
-        return "takes the proxy's IP address (no network, no name), or * for any client"
+        return "must be the proxy's IP address (no network, no name), or * for any client"
     return None

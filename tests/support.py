@@ -285,8 +285,14 @@ def inspect(name: str, field: str) -> object:
 
 
 def until_health(container: str, status: str = "healthy") -> None:
-    """Wait until a container has this health status."""
-    wait_until(lambda: inspect(container, ".State.Health.Status") == status, 60, f"{container} to be {status}")
+    """Wait until a container has this health status; fail with its log if it has exited."""
+
+    def reached() -> bool:
+        state = inspect(container, ".State")
+        assert state["Running"], f"it has exited: {run('docker', 'logs', container).stderr}"
+        return state["Health"]["Status"] == status
+
+    wait_until(reached, 60, f"{container} to be {status}")
 
 
 def python(container: str, code: str, *options: str) -> str:
@@ -308,7 +314,7 @@ class Project:
         shutil.copytree(ROOT, folder, ignore=left_out)
         # Other image names, so that the user's own images are not overwritten.
         for path in folder.rglob("compose.yaml"):
-            path.write_text(path.read_text().replace("image: flask-helloworld", f"image: {name}"))
+            edit(path, r"(^    image: )[^:\n]+", rf"\g<1>{name}", count=0)
         self.environ = os.environ | {
             "COMPOSE_PROJECT_NAME": name,
             "BIND": "127.0.0.1",

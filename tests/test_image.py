@@ -140,7 +140,7 @@ def test_stop_during_import(image: str, container: Callable, mount_app: Callable
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--env=WAITRESS_THREADS=many"], "WAITRESS_THREADS='many': takes a whole number from 1"),
+        (["--env=WAITRESS_THREADS=many"], "WAITRESS_THREADS='many': must be a whole number, 1 or more"),
         (["--env=WAITRESS_THREADS=50", "--pids-limit=20"], "cannot start 50 threads: can't start new thread"),
     ],
     ids=["wrong setting", "too many threads"],

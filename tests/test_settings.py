@@ -78,30 +78,30 @@ def test_valid_value(variable: str, value: str, field: str, expected: object) ->
     assert settings.unknown == []
 
 
-SECONDS = "takes seconds, from {} to 86400"
-WHOLE = "takes a whole number from {}"
+SECONDS = "must be a number of seconds from {} to 86400"
+WHOLE = "must be a whole number, {} or more"
 INVALID = {  # per variable: the message, and values that it must refuse
     "PORT": (
-        "takes a whole number from 0 to 65535",
+        "must be a whole number from 0 to 65535",
         ["", "http", "-1", "+80", "65536", "70000", "5000 5001", "\u0668"],
     ),
     "BIND": (
-        "takes *, or one name or IP address of this machine",
+        "must be *, or one name or IP address of this machine",
         ["", "no.such.host.invalid", "127.0.0.1 ::1", "127.0.0.1:80", "[::1]:80", "[::1", "x" * 70],
     ),
     "READ_TIMEOUT": (SECONDS.format(0.1), ["", "0", "0.099", "-1", "ten", "86400.001", "86401", "1e3", "1.2345"]),
     "SHUTDOWN_DELAY": (SECONDS.format(0), ["", "-1", "5s", "inf", "nan", "1."]),
     "SHUTDOWN_TIMEOUT": (SECONDS.format(0), ["", " 8", "8,5", "999999", "\u0668"]),
-    "ACCESS_LOG": ("takes 0 or 1", ["", "2", "true", "no"]),
-    "LOG_LEVEL": ("takes DEBUG, INFO, WARNING, ERROR or CRITICAL", ["", "LOUD"]),
+    "ACCESS_LOG": ("must be 0 or 1", ["", "2", "true", "no"]),
+    "LOG_LEVEL": ("must be DEBUG, INFO, WARNING, ERROR or CRITICAL", ["", "LOUD"]),
     "WAITRESS_THREADS": (WHOLE.format(1), ["", "0", "-1", "4.0", "1_0", "9" * 13]),
     "WAITRESS_CHANNEL_TIMEOUT": (WHOLE.format(1), ["2min"]),
     "WAITRESS_BACKLOG": (WHOLE.format(1), ["0"]),
     "WAITRESS_CHANNEL_REQUEST_LOOKAHEAD": (WHOLE.format(0), ["-1"]),
-    "WAITRESS_EXPOSE_TRACEBACKS": ("takes true or false", ["", "ture"]),
-    "WAITRESS_IDENT": ("takes printable ASCII", ["a\nb", "李"]),
+    "WAITRESS_EXPOSE_TRACEBACKS": ("must be true or false", ["", "ture"]),
+    "WAITRESS_IDENT": ("must be printable ASCII", ["a\nb", "李"]),
     "WAITRESS_TRUSTED_PROXY": (
-        "takes the proxy's IP address (no network, no name), or * for any client",
+        "must be the proxy's IP address (no network, no name), or * for any client",
         ["", "proxy", "10.0.0.0/8", "10.0.0.1 10.0.0.2", "**"],
     ),
 } | {f"WAITRESS_{name.upper()}": ("use BIND and PORT instead", ["8080"]) for name in sorted(LISTEN)}
@@ -112,7 +112,7 @@ INVALID = {  # per variable: the message, and values that it must refuse
     [(variable, value, problem) for variable, (problem, values) in INVALID.items() for value in values],
 )
 def test_invalid_value(variable: str, value: str, problem: str) -> None:
-    """An invalid value is refused with one line: the variable, the value, what the variable takes."""
+    """An invalid value is refused with one line: the variable, the value, what it must be."""
     with pytest.raises(SettingError) as refused:
         read_settings({variable: value})
     assert str(refused.value) == f"{variable}={value!r}: {problem}"
@@ -121,7 +121,7 @@ def test_invalid_value(variable: str, value: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("environ", "line"),
     [
-        ({"SHUTDOWN_DELAY": "-1"}, "SHUTDOWN_DELAY='-1': takes seconds, from 0 to 86400"),
+        ({"SHUTDOWN_DELAY": "-1"}, "SHUTDOWN_DELAY='-1': must be a number of seconds from 0 to 86400"),
         ({"WAITRESS_TRUSTED_PROXY_COUNT": "2"}, r"WAITRESS_\*: .*trusted_proxy.*"),
         (
             {"WAITRESS_TRUSTED_PROXY": "*", "WAITRESS_TRUSTED_PROXY_HEADERS": "x-real-ip"},
@@ -228,7 +228,7 @@ def test_application_by_name(folder: pathlib.Path, name: str) -> None:
         assert get(running.listening()[0] + "/here") == (200, "/here")
 
 
-FORM = "takes module:attribute such as app:app, or module:factory()"
+FORM = "must be module:attribute, such as app:app, or module:factory()"
 
 
 @pytest.mark.parametrize(

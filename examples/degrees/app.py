@@ -63,7 +63,7 @@ def values_from_body(**optional: range) -> tuple[int, int]:
         abort(400, "the body must be an object with only year and degrees")
     for name, value in row.items():
         if type(value) is not int or value not in fields[name]:  # isinstance would take True for an int
-            abort(400, f"{name} takes a whole number from {fields[name][0]} to {fields[name][-1]}")
+            abort(400, f"{name} must be a whole number from {fields[name][0]} to {fields[name][-1]}")
     return row["year"], row["degrees"]
 
 
@@ -74,7 +74,7 @@ def list_rows() -> list:
     with suppress(ValueError):
         start, limit = int(request.args.get("start", 0)), int(request.args.get("limit", 1000))
     if not (0 <= start <= 9999 and 1 <= limit <= 1000):
-        abort(400, "start takes a year from 0 to 9999, limit a number from 1 to 1000")
+        abort(400, "start must be a year from 0 to 9999, limit a number from 1 to 1000")
     return query("SELECT * FROM degrees WHERE year >= ? ORDER BY year LIMIT ?", start, limit)
 
 
