@@ -7,8 +7,8 @@
 ARG PYTHON_IMAGE
 FROM python:3.14.7-slim-trixie@sha256:ce40764625a4ff50df3548277632e7f96c4e77fe75fa848aae9885476e7df5a4 AS pinned
 FROM ${PYTHON_IMAGE:-pinned} AS base
-# ARG, not ENV: RUN steps of this stage and of stages based on it see these variables; the image does not have them.
-# Python writes no bytecode by itself, which would differ between builds. pip does not ask for a password, it fails.
+# ARG, not ENV: only RUN steps see these variables, here and in stages based on this one. The image does not keep them.
+# Python writes no bytecode by itself: it would differ between builds. pip fails instead of asking for a password.
 ARG PYTHONDONTWRITEBYTECODE=1 PIP_NO_INPUT=1
 
 # ---- builder: the wheels that requirements.txt pins, each checked against its hash ---------------------------------
@@ -40,7 +40,7 @@ RUN --mount=type=bind,source=requirements.txt,target=/tmp/requirements.txt \
     && pip --python=/opt/venv install --no-cache-dir --no-compile --no-index --find-links=/wheels --require-hashes \
         --requirement=/tmp/requirements.txt \
     && pip --python=/opt/venv check
-# Some packages ship files for other versions of Python. They do not compile and are never imported: ignore the errors.
+# Some packages have files for other versions of Python. Those do not compile and are never imported: ignore the errors.
 RUN python -X no_debug_ranges -m compileall -q --invalidation-mode=unchecked-hash /opt/venv || true
 # Unbuffered, so that `docker logs` shows output at once.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
@@ -56,7 +56,8 @@ ARG APP_DIR=.
 # YOUR APPLICATION: one line for each module, package, folder and data file. Nothing else gets into the image.
 COPY --chmod=u=rwX,go=rX ${APP_DIR}/app.py ./
 # COPY --chmod=u=rwX,go=rX ${APP_DIR}/templates ./templates
-# checked-hash: Python notices if a changed file is mounted over one of these. Your own tracebacks have column numbers.
+# checked-hash: Python notices if a changed file is mounted over one of these. Without no_debug_ranges, tracebacks of
+# your code have column numbers.
 RUN python -m compileall -q --invalidation-mode=checked-hash .
 # An unprivileged user. A number, which Kubernetes' runAsNonRoot can verify.
 USER 65532:65532

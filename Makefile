@@ -12,7 +12,7 @@ help:      ## list these commands
 up:        ## build, start, wait until healthy, print the address; without Docker, serve from a virtual environment
 	@if scripts/without-docker why; then scripts/without-docker up; \
 	elif docker compose up --build --wait; then echo "http://$$(docker compose port web 5000)"; \
-	else echo 'make up: if the container is not healthy, `docker compose logs web` says why' >&2; exit 1; fi
+	else echo 'make up failed, see above. Is it unhealthy? `docker compose logs web` says why.' >&2; exit 1; fi
 
 down:      ## stop and remove what `make up` or `make dev` started; keep volumes
 	@scripts/without-docker down
@@ -29,7 +29,7 @@ test: .venv/ready ## run the quick tests
 test-all: .venv/ready ## run all tests
 	.venv/bin/pytest
 
-check: .venv/ready ## lint, and fail if a lock is out of date
+check: .venv/ready ## lint, and fail if a lock file is out of date
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/hadolint Dockerfile
@@ -37,7 +37,7 @@ check: .venv/ready ## lint, and fail if a lock is out of date
 	$(if $(shell command -v shellcheck),shellcheck scripts/* .ci/run)
 	$(build) --quiet --target lock --no-cache-filter relock --output .venv/lock .
 	@diff requirements.txt .venv/lock/ && diff requirements-dev.txt .venv/lock/ || \
-		{ echo 'make check: a lock is out of date; run `make lock`' >&2; exit 1; }
+		{ echo 'make check: a lock file is out of date; run `make lock`' >&2; exit 1; }
 	@echo 'make check: all passed'
 
 # ---- dependencies --------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ wheels:    ## download the locked wheels, to build without a network
 reproduce: ## build twice without cache and compare digests
 	scripts/reproduce
 
-bench:     ## compare image and server with the alternatives; takes minutes, needs wrk and slowhttptest
+bench:     ## compare image and server with alternatives; takes minutes, needs wrk and slowhttptest
 	python3 bench/container.py
 	python3 bench/service.py
 

@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, help="what to measure (default: all)")
     parser.add_argument("--runs", type=int, default=5, help="rounds of latency and throughput (default: 5)")
     parser.add_argument("--seconds", type=int, default=3, help="seconds for a figure in each round (default: 3)")
-    parser.add_argument("--stops", type=int, default=20, help="stops of each server (default: 20)")
+    parser.add_argument("--stops", type=int, default=10, help="stops of each server (default: 10)")
     parser.add_argument("--quick", action="store_true", help="only waitress-serve at its defaults and the service")
     parser.add_argument("--image", action="append", help="a built image to measure instead; may be repeated")
     options = parser.parse_args()

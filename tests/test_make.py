@@ -39,6 +39,7 @@ def bare(tmp_path: pathlib.Path) -> Iterator[Project]:
     """A copy of the project without a Docker Engine, on a free port; what it starts is stopped after the test."""
     environ = {"DOCKER_HOST": "unix:///nonexistent.sock", "PORT": str(free_port("127.0.0.1"))}
     project = Project(tmp_path / "a project", **environ)
+    project.write({"app.py": APP.format(text="hello")})
     yield project
     project.run("scripts/without-docker", "down")
 

@@ -30,7 +30,7 @@ text = "not callable"
 
 
 def test_defaults() -> None:
-    """With nothing set, the settings have the defaults that README.md and docs/production.md list."""
+    """With nothing set, the settings have the documented defaults."""
     settings = read_settings({"PATH": "/bin"})
     assert settings[:6] == ("app:app", 10, 0, 8, True, "INFO")
     assert (settings.waitress.host, settings.waitress.port, settings.unknown) == ("*", 5000, [])
