@@ -48,6 +48,8 @@ lock:      ## pin what the .in files ask for; keep the pins that still fit
 	@touch requirements.txt requirements-dev.txt
 
 upgrade:   ## pin the newest releases that the .in files allow; PACKAGE=NAME: of one package
+	$(if $(PACKAGE),@grep -q '^$(PACKAGE)==' requirements.txt requirements-dev.txt || \
+		{ echo 'PACKAGE=$(PACKAGE): must be the name of a package in a lock file' >&2; exit 1; })
 	$(build) --target lock --no-cache-filter relock --output . . \
 		--build-arg PIP_COMPILE_OPTIONS="$(if $(PACKAGE),--upgrade-package=$(PACKAGE),--upgrade)"
 	@touch requirements.txt requirements-dev.txt

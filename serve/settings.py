@@ -81,7 +81,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 def seconds(environ: Mapping[str, str], variable: str, default: str, smallest: float = 0) -> float:
     """Return the value of a variable in seconds, from `smallest` to a day. Raises SettingError."""
     value = environ.get(variable, default)
-    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", value) or not smallest <= float(value) <= DAY:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", value) or not smallest <= float(value) <= DAY:
         raise SettingError(variable, value, f"must be a number of seconds from {smallest} to {DAY}")
     return float(value)
 
@@ -136,6 +136,7 @@ def problem_with(name: str, value: str) -> str | None:
         smallest = 0 if name == "channel_request_lookahead" else 1
         if not re.fullmatch("[0-9]{1,12}", value) or int(value) < smallest:
             return f"must be a whole number, {smallest} or more"
-    if name == "trusted_proxy" and not re.fullmatch(r"[0-9a-f.:]+|\*", value):  # waitress compares strings
+    # waitress compares addresses as strings.
+    if name == "trusted_proxy" and not re.fullmatch(r"[0-9]+(\.[0-9]+){3}|[0-9a-f]*:[0-9a-f.:]*|\*", value):
         return "must be the proxy's IP address (no network, no name), or * for any client"
     return None

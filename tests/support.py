@@ -21,6 +21,7 @@ from contextlib import contextmanager
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+ENVIRON = dict(os.environ)  # before any test module changes it
 # Requests for a target; the second closes the connection.
 GET = b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n"
 LAST = b"GET %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
@@ -315,7 +316,7 @@ class Project:
         # Other image names, so that the user's own images are not overwritten.
         for path in folder.rglob("compose.yaml"):
             edit(path, r"(^    image: )[^:\n]+", rf"\g<1>{name}", count=0)
-        self.environ = os.environ | {
+        self.environ = ENVIRON | {
             "COMPOSE_PROJECT_NAME": name,
             "BIND": "127.0.0.1",
             "PORT": "0",  # any free port

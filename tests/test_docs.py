@@ -19,8 +19,10 @@ END = "==== exit status "  # printed after each command
 
 def blocks(page: pathlib.Path) -> Iterator[list[tuple[str, str]]]:
     """Yield the console blocks of a page: each command with the output shown for it."""
-    fence = re.compile(r"(<!-- not run: .+? -->\n)?^```console\n(.*?)^```$", re.M | re.S)
-    for skipped, block in fence.findall(page.read_text()):
+    text = page.read_text()
+    found = re.findall(r"(<!-- not run: .+? -->\n)?^```console\n(\$ .*?)^```$", text, re.M | re.S)
+    assert len(found) == text.count("```console"), f"{page}: a console block is not at the margin, or not of commands"
+    for skipped, block in found:
         if not skipped:
             yield re.findall(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.M)
 
@@ -54,13 +56,10 @@ def names(page: pathlib.Path, project: Project, base: str) -> Iterator[dict[str,
     project.run("git", "init", "--quiet")
     project.run("git", "add", "--all")
     project.run(*commit.split(), environ={"GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z"})
-    yield {
-        "flask-helloworld": project.name,
-        "python:3.14-slim": base,
-        "localhost:5000": f"localhost:{port}",
-        "localhost:5001": f"localhost:{port}",
-        "127.0.0.1:5000": f"127.0.0.1:{port}",
-    }
+    image = re.search("^    image: (.+)$", (ROOT / "compose.yaml").read_text(), re.M)[1]
+    published = "5001" if "degrees" in page.parts else "5000"
+    hosts = {f"{host}:{published}": f"{host}:{port}" for host in ("localhost", "127.0.0.1")}
+    yield {image: project.name, "python:3.14-slim": base} | hosts
     # Each page removes what it starts; this is for a page that fails.
     project.compose("--file", "examples/degrees/compose.yaml", "down", "--volumes", check=False)
     for kind, command in (("container", "ps --all --filter=name="), ("image", "image ls --filter=reference=")):

@@ -89,7 +89,7 @@ INVALID = {  # per variable: the message, and values that it must refuse
         "must be *, or one name or IP address of this machine",
         ["", "no.such.host.invalid", "127.0.0.1 ::1", "127.0.0.1:80", "[::1]:80", "[::1", "x" * 70],
     ),
-    "READ_TIMEOUT": (SECONDS.format(0.1), ["", "0", "0.099", "-1", "ten", "86400.001", "86401", "1e3", "1.2345"]),
+    "READ_TIMEOUT": (SECONDS.format(0.1), ["", "0", "0.099", "-1", "ten", "86400.001", "86401", "1e3", "1" * 400]),
     "SHUTDOWN_DELAY": (SECONDS.format(0), ["", "-1", "5s", "inf", "nan", "1."]),
     "SHUTDOWN_TIMEOUT": (SECONDS.format(0), ["", " 8", "8,5", "999999", "\u0668"]),
     "ACCESS_LOG": ("must be 0 or 1", ["", "2", "true", "no"]),
@@ -102,7 +102,7 @@ INVALID = {  # per variable: the message, and values that it must refuse
     "WAITRESS_IDENT": ("must be printable ASCII", ["a\nb", "李"]),
     "WAITRESS_TRUSTED_PROXY": (
         "must be the proxy's IP address (no network, no name), or * for any client",
-        ["", "proxy", "10.0.0.0/8", "10.0.0.1 10.0.0.2", "**"],
+        ["", "proxy", "abc", "10.0.0.0/8", "10.0.0.1 10.0.0.2", "**"],
     ),
 } | {f"WAITRESS_{name.upper()}": ("use BIND and PORT instead", ["8080"]) for name in sorted(LISTEN)}
 
