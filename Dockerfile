@@ -56,8 +56,8 @@ ARG APP_DIR=.
 # YOUR APPLICATION: one line for each module, package, folder and data file. Nothing else gets into the image.
 COPY --chmod=u=rwX,go=rX ${APP_DIR}/app.py ./
 # COPY --chmod=u=rwX,go=rX ${APP_DIR}/templates ./templates
-# checked-hash: Python notices if a changed file is mounted over one of these. Without no_debug_ranges, tracebacks of
-# your code have column numbers.
+# checked-hash: Python notices if a changed file is mounted over one of these. This step keeps the column numbers for
+# tracebacks of your code.
 RUN python -m compileall -q --invalidation-mode=checked-hash .
 # An unprivileged user. A number, which Kubernetes' runAsNonRoot can verify.
 USER 65532:65532
