@@ -80,7 +80,7 @@ def test_commands(page: pathlib.Path, project: Project, names: dict[str, str]) -
 
     for block in blocks(page):
         script = "".join(f"{here(command)}\ns=$?; echo '{END}'$s; (exit $s)\n" for command, _ in block)
-        printed = re.split(rf"{END}(\d+)\n", project.run("bash", "-c", f"exec 2>&1\n{script}").stdout)
+        printed = re.split(rf"{END}(\d+)\n", project.run("bash", "-c", f"exec 2>&1\n{script}", check=False).stdout)
         assert len(printed) == 2 * len(block) + 1, printed
         for number, (command, shown) in enumerate(block):
             output, status = printed[2 * number : 2 * number + 2]
