@@ -26,7 +26,7 @@ def text(body: str) -> Response:
 
 
 def is_name(name: str) -> bool:
-    """Tell whether `name` follows NAME_RULE.
+    """Return whether `name` follows NAME_RULE.
 
     Its five kinds of characters are Unicode's general categories Cc, Cf (which includes the bidirectional overrides
     that reverse text), Cs, Co and Cn.
@@ -35,7 +35,7 @@ def is_name(name: str) -> bool:
 
 
 def path_is_utf8() -> bool:
-    """Tell whether the request's path is valid UTF-8. Flask replaces invalid bytes by U+FFFD, a valid character.
+    """Return whether the request's path is valid UTF-8. Flask replaces invalid bytes by U+FFFD, a valid character.
 
     WSGI passes the bytes of the path as latin-1 characters (PEP 3333, "Unicode Issues").
     """

@@ -1,4 +1,4 @@
-"""Measure the service under load, beside other servers with the same application. Prints Markdown tables.
+"""Measure the service under load, compared with other servers that run the same application. Prints Markdown tables.
 
     python bench/service.py [--only throughput] [--runs 5] [--seconds 3] [--quick] [--image NAME]...
 

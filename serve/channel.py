@@ -1,4 +1,4 @@
-"""Connections: each reads requests, has them answered in order, and enforces the timeouts."""
+"""Connections: they read requests, pass them to the workers in order, and enforce the timeouts."""
 
 import enum
 import fcntl
@@ -249,7 +249,7 @@ class Channel:
                     self.server.wake(self)
 
     def check_client_disconnected(self) -> bool:
-        """Tell whether the client has left. The application calls it as environ["waitress.client_disconnected"]()."""
+        """Return whether the client has left. The application calls it as environ["waitress.client_disconnected"]()."""
         return self.closed or self.client_eof
 
     # ---- in either thread, with the lock held ----

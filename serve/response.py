@@ -139,7 +139,7 @@ class Response(WSGITask):
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
     def closes(self) -> bool:
-        """Tell whether the connection closes after this response (RFC 9112, section 9.3)."""
+        """Return whether the connection closes after this response (RFC 9112, section 9.3)."""
         options = {option.strip(" \t") for option in self.request.headers.get("CONNECTION", "").lower().split(",")}
         return (
             self.close_on_finish

@@ -20,7 +20,7 @@ from serve.log import REPORT_INTERVAL, Writer, log
 from serve.settings import Settings
 
 CHECK_INTERVAL = 0.25  # seconds between two checks of all timeouts
-CLOSING_CHECK_INTERVAL = 0.05  # the same while it closes, when somebody waits for the end
+CLOSING_CHECK_INTERVAL = 0.05  # the same while closing, so that the stop is quick
 PAUSED = 0.5  # seconds; if a check is later than this, the process was paused
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 # Otherwise the kernel buffers megabytes for each client that does not read, and no other limit covers them.

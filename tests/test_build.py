@@ -46,7 +46,7 @@ def link_tools(project: Project) -> None:
 # ---- Cache, failures, contents ---------------------------------------------------------------------------------------
 
 
-def build_uncached(project: Project) -> list[str]:
+def uncached_steps(project: Project) -> list[str]:
     """Build the copy; return the Dockerfile steps that were not cached."""
     done = project.build("--progress", "plain")
     steps = dict(re.findall(r"^#(\d+) (\[\S+ \d+/\d+\] (?!FROM).+)$", done.stderr, re.MULTILINE))
@@ -57,10 +57,10 @@ def build_uncached(project: Project) -> list[str]:
 
 def test_a_code_edit_runs_no_pip(project: Project) -> None:
     """After an edit of app.py, only the steps that copy and compile the code run again; without an edit, none."""
-    build_uncached(project)
-    assert build_uncached(project) == []
+    uncached_steps(project)
+    assert uncached_steps(project) == []
     project.append("app.py", f"\n# {uuid.uuid4()}\n")  # unique, so not cached by an earlier run
-    again = build_uncached(project)
+    again = uncached_steps(project)
     assert "app.py" in again[0]
     assert [step for step in again if "RUN" in step] == [step for step in again if "compileall" in step] != []
 
@@ -113,7 +113,7 @@ NAME = "helloworld_private_test"  # not on PyPI
 
 @pytest.fixture
 def index(engine: None, tmp_path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """The address and password of a private index with one package, which builds can reach."""
+    """Address and password of a private index. Builds can reach it; it has one package."""
     if sys.platform != "linux":
         needs_docker("only on Linux can a build reach this machine at the bridge's address")
     password = secrets.token_hex(16)

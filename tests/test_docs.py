@@ -32,14 +32,14 @@ PAGES = [page for page in PAGES if any(blocks(page))]
 
 
 def pattern(shown: str) -> str:
-    """Return the regular expression for an output as the page shows it, with one space for any white space."""
+    """Return a regular expression for the output that a page shows. Any white space counts as one space."""
     words = re.escape(" ".join(shown.split()))
     return words.replace(r"\[\.\.\.\]\ ", "(.* )?").replace(r"\ \[\.\.\.\]", "( .*)?").replace(r"\[\.\.\.\]", ".*")
 
 
 @pytest.fixture
 def names(page: pathlib.Path, project: Project, base: str) -> Iterator[dict[str, str]]:
-    """The names on a page, each with the one that this test uses instead, so that it can run beside anything else."""
+    """The names on a page, with unique ones to use instead: its commands must not touch anything else here."""
     port = free_port("127.0.0.1")
     for variable in ("BIND", "PYTHON_IMAGE", "TARGET"):
         project.environ.pop(variable)

@@ -109,7 +109,7 @@ def test_slow_application(running: Server) -> None:
         assert statuses(connection.recv(1000)) == [200]
         connection.sendall(b"Host: a\r\nConnection: close\r\n\r\n")
         assert statuses(rest(connection)) == [200]
-    # A request in work is not reported as waiting for a thread.
+    # A request that is being answered is not reported as waiting for a thread.
     assert not [message for message in running.messages() if "waiting for one of" in message]
 
 
@@ -194,7 +194,7 @@ def test_idle_timeout(start: Callable) -> None:
 
 
 def test_a_thousand_slow_clients(start: Callable) -> None:
-    """A thousand unfinished requests keep nobody out: the server raises its limit of open files."""
+    """A thousand unfinished requests do not keep others out: the server raises its limit of open files."""
     with contextlib.ExitStack() as slow, many_files(), start(files=(64, 8192), READ_TIMEOUT="600") as running:
         for _ in range(500):
             slow.enter_context(running.connect()).sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
@@ -253,7 +253,7 @@ def test_dripping_clients_beyond_the_limit(start: Callable) -> None:
 
 def test_out_of_files(start: Callable, tmp_path: pathlib.Path) -> None:
     """Out of file descriptors, the server warns once, does not spin, and accepts again once some are free."""
-    # A request in work holds the files: an idle connection would be closed after a second, which frees a file.
+    # The request holds the files while it is answered: an idle connection would be closed after a second, and free one.
     with start(files=(100, 100), READ_TIMEOUT="600") as running, running.connect() as hoarding:
         hoarding.sendall(GET % b"/hoard")
         wait_until((tmp_path / "hoarded").exists, 10, "all files to be open")

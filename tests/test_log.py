@@ -252,13 +252,13 @@ def lost(running: Server) -> int:
 
 
 def test_stalled_access_log(start: Callable, pipe: tuple[BinaryIO, BinaryIO]) -> None:
-    """While nobody reads the access log, requests are answered; every line is delivered later or reported lost."""
+    """While the access log is not read, requests are answered; every line is delivered later or reported lost."""
     reader, writer = pipe
     with start(stdout=writer.fileno()) as running, running.connect():  # an open connection: the server reports sooner
         writer.close()
         assert statuses(running.exchange(fill("stdout", 200, 9000))) == [200] * 201  # about twice what it queues
         wait_until(lambda: lost(running), 10, "a report")
-        # Once somebody reads again, whole lines arrive.
+        # When reading resumes, only complete lines arrive.
         received = b""
         while select.select([reader], [], [], 1)[0]:
             received += reader.read(65536)

@@ -62,7 +62,7 @@ def test_same_configuration(images: Callable[[str], str]) -> None:
 
 
 def test_python_is_complete(services: Callable[[str], str]) -> None:
-    """SQLite, time zones, ctypes, processes, name lookups, encodings, TLS and threads work, without a network."""
+    """SQLite, time zones, ctypes, processes, name lookups, encodings, TLS and threads work in the minimal image."""
     code = """
         import concurrent.futures, ctypes, datetime, decimal, hashlib, lzma, multiprocessing, os, pwd, sqlite3, socket
         import ssl, subprocess, sys, tempfile, threading, time, zoneinfo

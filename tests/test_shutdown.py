@@ -228,7 +228,7 @@ def test_unread_requests(start: Callable) -> None:
 
 @pytest.mark.parametrize(("parts", "header"), [(1, b""), (1, b"Connection: close\r\n"), (40, b"")])
 def test_response_not_yet_received(start: Callable, parts: int, header: bytes) -> None:
-    """The server waits until the client has its whole response: the kernel's send buffer is lost with the container."""
+    """The server waits until the client has received everything: the container's send buffers end with it."""
     with start(SHUTDOWN_TIMEOUT="60") as running, running.connect(receive_buffer=2**15) as connection:
         # One part fits into the kernel's send buffer; of 40, the server itself holds most.
         connection.sendall(b"GET /parts?%d HTTP/1.1\r\nHost: a\r\n%b\r\n" % (parts, header))
