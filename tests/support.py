@@ -314,7 +314,7 @@ class Project:
         left_out = shutil.ignore_patterns(".git", ".venv*", ".env", ".serve.*", "__pycache__", ".*_cache", "wheels")
         shutil.copytree(ROOT, folder, ignore=left_out)
         # Other image names, so that the user's own images are not overwritten.
-        for path in folder.rglob("compose.yaml"):
+        for path in [*folder.rglob("compose.yaml"), folder / "compose.override.yaml"]:
             edit(path, r"(^    image: )[^:\n]+", rf"\g<1>{name}", count=0)
         self.environ = ENVIRON | {
             "COMPOSE_PROJECT_NAME": name,

@@ -107,7 +107,7 @@ def test_dev_and_test_are_isolated(copy: Project, engine: None) -> None:
     """Even if BIND opens the service, `dev` stays on 127.0.0.1; neither `dev` nor `test` mounts the service's data."""
     if "\n    volumes: [" not in (copy.folder / "compose.yaml").read_text():  # your application may have one
         edit(copy.folder / "compose.yaml", "^    read_only: true$", '    read_only: true\n    volumes: ["data:/data"]')
-        edit(copy.folder / "compose.yaml", "^secrets:$", "volumes: { data: }\nsecrets:")
+        copy.append("compose.yaml", "volumes: { data: }\n")
     config = copy.compose("--profile", "*", "config", "--format", "json", environ={"BIND": "0.0.0.0"}).stdout
     services = json.loads(config)["services"]
     published = {name: [port["host_ip"] for port in service.get("ports", [])] for name, service in services.items()}
