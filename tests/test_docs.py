@@ -27,7 +27,11 @@ def blocks(page: pathlib.Path) -> Iterator[list[tuple[str, str]]]:
             yield re.findall(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.M)
 
 
-PAGES = [page for name in ("README.md", "docs/*.md", "examples/*/README.md") for page in sorted(ROOT.glob(name))]
+PAGES = [
+    page
+    for name in ("README.md", "docs/*.md", "deploy/*.md", "examples/*/README.md")
+    for page in sorted(ROOT.glob(name))
+]
 PAGES = [page for page in PAGES if any(blocks(page))]
 
 
