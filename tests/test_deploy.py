@@ -26,9 +26,11 @@ KUBERNETES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "d
 POD = KUBERNETES["deployment"]["spec"]["template"]["spec"]
 [CONTAINER] = POD["containers"]
 # The settings of the server in compose.yaml, on a swarm and in a pod.
-COMPOSE = read_settings(dict(variable.split("=") for variable in WEB["environment"] if "=" in variable))
-ON_SWARM = read_settings(dict(variable.split("=") for variable in SWARM["environment"]))
-IN_POD = read_settings({variable["name"]: variable["value"] for variable in CONTAINER["env"]})
+COMPOSE, ON_SWARM = (
+    read_settings(dict(variable.split("=", 1) for variable in variables if "=" in variable))
+    for variables in (WEB["environment"], WEB["environment"] + SWARM["environment"])
+)
+IN_POD = read_settings({variable["name"]: variable["value"] for variable in CONTAINER["env"] if "value" in variable})
 
 
 def dockerfile(instruction: str) -> set[str]:
@@ -71,9 +73,9 @@ def test_resources() -> None:
     for here, there in ((limits, "limits"), (free, "requests")):
         resources = {"cpu": here["cpus"], "memory": here["memory"].replace("m", "Mi")}
         assert CONTAINER["resources"][there] == resources
-    [on_swarm], [in_pod] = SWARM["volumes"], POD["volumes"]
-    size = on_swarm["tmpfs"]["size"] // 1024**2
-    assert (WEB["tmpfs"], in_pod["emptyDir"]["sizeLimit"]) == ([f"/tmp:size={size}m"], f"{size}Mi")
+    [size] = [volume["tmpfs"]["size"] // 1024**2 for volume in SWARM["volumes"] if volume["target"] == "/tmp"]
+    assert WEB["tmpfs"] == [f"/tmp:size={size}m"]
+    assert {"name": "tmp", "emptyDir": {"medium": "Memory", "sizeLimit": f"{size}Mi"}} in POD["volumes"]
 
 
 def test_probes() -> None:
