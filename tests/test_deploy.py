@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 
-from serve.settings import read_settings
+from serve.settings import Settings, read_settings
 from tests.conftest import needs_docker
 from tests.support import ROOT, Project, edit, free_port, get, inspect, python, run, wait_until
 
@@ -25,12 +25,15 @@ HAPROXY_CFG = (ROOT / "deploy/haproxy.cfg").read_text()
 KUBERNETES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "deploy/kubernetes").glob("*.yaml")}
 POD = KUBERNETES["deployment"]["spec"]["template"]["spec"]
 [CONTAINER] = POD["containers"]
-# The settings of the server in compose.yaml, on a swarm and in a pod.
-COMPOSE, ON_SWARM = (
-    read_settings(dict(variable.split("=", 1) for variable in variables if "=" in variable))
-    for variables in (WEB["environment"], WEB["environment"] + SWARM["environment"])
-)
-IN_POD = read_settings({variable["name"]: variable["value"] for variable in CONTAINER["env"] if "value" in variable})
+
+
+def settings(*variables: str) -> Settings:
+    """Return the server's settings for a list of variables as in a compose file."""
+    return read_settings(dict(variable.split("=", 1) for variable in variables if "=" in variable))
+
+
+ON_SWARM = settings(*WEB["environment"], *SWARM["environment"])
+IN_POD = settings(*(f"{variable['name']}={variable.get('value')}" for variable in CONTAINER["env"]))
 
 
 def dockerfile(instruction: str) -> set[str]:
@@ -50,7 +53,7 @@ def test_user() -> None:
 def test_port() -> None:
     """All name the port that the image exposes."""
     [port] = dockerfile("EXPOSE")
-    assert [published.rpartition(":")[2] for published in WEB["ports"]] == [port]
+    assert {published.rpartition(":")[2] for published in WEB.get("ports", [])} <= {port}
     assert re.findall(r"tasks\.web:(\d+)", HAPROXY_CFG) == [port]
     assert CONTAINER["ports"] == [{"name": "http", "containerPort": int(port)}]
     assert KUBERNETES["service"]["spec"]["ports"][0]["targetPort"] == "http"
@@ -60,37 +63,37 @@ def test_port() -> None:
 def test_grace_period() -> None:
     """It is the same everywhere, and longer than the server needs to stop."""
     grace = POD["terminationGracePeriodSeconds"]
-    assert (WEB | SWARM)["stop_grace_period"] == WEB["stop_grace_period"] == f"{grace}s"
+    assert WEB["stop_grace_period"] == f"{grace}s"
+    assert "stop_grace_period" not in SWARM
     assert ON_SWARM.shutdown_delay == IN_POD.shutdown_delay > 0
-    for settings in (COMPOSE, ON_SWARM, IN_POD):
-        assert settings.shutdown_delay + settings.shutdown_timeout + 1 < grace
+    for environment in (settings(*WEB["environment"]), ON_SWARM, IN_POD):
+        assert environment.shutdown_delay + environment.shutdown_timeout + 1 < grace
 
 
 def test_resources() -> None:
     """Limits, and what a machine must have free for a replica, are the same."""
     limits, free = WEB["deploy"]["resources"]["limits"], SWARM["deploy"]["resources"]["reservations"]
     assert "limits" not in SWARM["deploy"]["resources"]
-    for here, there in ((limits, "limits"), (free, "requests")):
-        resources = {"cpu": here["cpus"], "memory": here["memory"].replace("m", "Mi")}
-        assert CONTAINER["resources"][there] == resources
+    for of_swarm, of_pod in ((limits, "limits"), (free, "requests")):
+        resources = {"cpu": of_swarm["cpus"], "memory": of_swarm["memory"].replace("m", "Mi")}
+        assert CONTAINER["resources"][of_pod] == resources
     [size] = [volume["tmpfs"]["size"] // 1024**2 for volume in SWARM["volumes"] if volume["target"] == "/tmp"]
     assert WEB["tmpfs"] == [f"/tmp:size={size}m"]
     assert {"name": "tmp", "emptyDir": {"medium": "Memory", "sizeLimit": f"{size}Mi"}} in POD["volumes"]
 
 
 def test_probes() -> None:
-    """All ask the path that the image's health check asks. Whoever drains is unready in time, and never restarted."""
+    """All ask the path that the image's health check asks, but liveness none. A draining replica is unready in time."""
     [path] = re.findall("GET (/[a-z]*) HTTP/1.0", (ROOT / "healthcheck.py").read_text())
     assert re.findall("option httpchk GET (.*)", HAPROXY_CFG) == [path]
     [timeout] = re.findall(r"timeout check (\d+)s", HAPROXY_CFG)
     [(interval, failures)] = re.findall(r"inter (\d+)s fall (\d+)", HAPROXY_CFG)
-    assert int(interval) * int(failures) + int(timeout) < ON_SWARM.shutdown_delay
+    assert int(interval) * int(failures) < ON_SWARM.shutdown_delay
     startup, readiness, liveness = (CONTAINER[f"{name}Probe"] for name in ("startup", "readiness", "liveness"))
     assert startup["httpGet"] == readiness["httpGet"] == {"path": path, "port": "http"}
     assert startup["timeoutSeconds"] == readiness["timeoutSeconds"] == int(timeout)
     assert readiness["periodSeconds"] * readiness["failureThreshold"] < IN_POD.shutdown_delay
-    assert liveness["tcpSocket"] == {"port": "http"}
-    assert liveness["periodSeconds"] * liveness["failureThreshold"] > POD["terminationGracePeriodSeconds"]
+    assert liveness == {"tcpSocket": {"port": "http"}}
 
 
 # ---- On a swarm ------------------------------------------------------------------------------------------------------
@@ -162,14 +165,14 @@ class Load:
             self.failures.append((sent, repr(failure)))
 
     def closed_loop(self) -> None:
-        """Send requests on one connection without a pause."""
+        """See the class."""
         connection = self.connection()
         while not self.ends.is_set():
             self.send(connection)
         connection.close()
 
     def open_loop(self) -> None:
-        """Send a request every 10 ms, each on its own connection."""
+        """See the class."""
 
         def send_one() -> None:
             connection = self.connection()
@@ -255,7 +258,7 @@ def stack(project: Project) -> Iterator[Stack]:
 
 @pytest.mark.slow
 def test_no_request_is_lost(stack: Stack, subtests: pytest.Subtests) -> None:
-    """Nothing but the death of a replica loses requests, and that only those which the replica had not answered."""
+    """Only a replica that is killed loses requests: those that it was answering."""
     with subtests.test("limits and protections"):
         replica = stack.replicas()[0]
         host = inspect(replica, ".HostConfig")
@@ -294,7 +297,7 @@ def test_no_request_is_lost(stack: Stack, subtests: pytest.Subtests) -> None:
                 stack.scale(replicas)
                 stack.until_replicas(replicas)
         assert load.failures == []
-        assert len(set(load.answers)) == 6  # three, three more; all of them have answered
+        assert len(set(load.answers)) == 6  # the first three; scaling from one to four adds three
 
     stack.scale(3)
     with subtests.test("a replica is stopped while it answers requests that take 5 s"):
@@ -302,7 +305,7 @@ def test_no_request_is_lost(stack: Stack, subtests: pytest.Subtests) -> None:
             slow = [pool.submit(get, f"http://127.0.0.1:{stack.port}/slow") for _ in range(6)]
             stopped = stack.replicas()[0]
             wait_until(lambda: "a slow request has begun" in run("docker", "logs", stopped).stderr, 5, "a slow request")
-            run("docker", "stop", "--timeout", "15", stopped)
+            run("docker", "stop", "--timeout", "15", stopped)  # the grace period is the swarm's; by hand, it is 10 s
             stack.until_replicas(3)
             answers = [future.result() for future in slow]
         assert load.failures == []
