@@ -21,6 +21,7 @@ if not (ROOT / "deploy").exists():
 
 WEB = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["web"]
 SWARM = yaml.safe_load((ROOT / "deploy/compose.swarm.yaml").read_text())["services"]["web"]
+HAPROXY = yaml.safe_load((ROOT / "deploy/compose.haproxy.yaml").read_text())["services"]["haproxy"]
 HAPROXY_CFG = (ROOT / "deploy/haproxy.cfg").read_text()
 KUBERNETES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "deploy/kubernetes").glob("*.yaml")}
 POD = KUBERNETES["deployment"]["spec"]["template"]["spec"]
@@ -55,6 +56,8 @@ def test_port() -> None:
     [port] = dockerfile("EXPOSE")
     assert {published.rpartition(":")[2] for published in WEB.get("ports", [])} <= {port}
     assert re.findall(r"tasks\.web:(\d+)", HAPROXY_CFG) == [port]
+    [published] = HAPROXY["ports"]
+    assert re.findall(r"bind :(\d+)", HAPROXY_CFG) == [str(published["target"])]
     assert CONTAINER["ports"] == [{"name": "http", "containerPort": int(port)}]
     assert KUBERNETES["service"]["spec"]["ports"][0]["targetPort"] == "http"
     assert KUBERNETES["networkpolicy"]["spec"]["ingress"][0]["ports"][0]["port"] == "http"
@@ -89,8 +92,14 @@ def test_probes() -> None:
     [timeout] = re.findall(r"timeout check (\d+)s", HAPROXY_CFG)
     [(interval, failures)] = re.findall(r"inter (\d+)s fall (\d+)", HAPROXY_CFG)
     assert int(interval) * int(failures) < ON_SWARM.shutdown_delay
+    [options] = dockerfile("HEALTHCHECK")
+    check = {name: float(seconds) for name, seconds in re.findall(r"--([a-z-]+)=([0-9.]+)s", options)}
+    assert check["timeout"] >= int(timeout)
     startup, readiness, liveness = (CONTAINER[f"{name}Probe"] for name in ("startup", "readiness", "liveness"))
     assert startup["httpGet"] == readiness["httpGet"] == {"path": path, "port": "http"}
+    # As long as the image's check takes to find that a container is unhealthy: three failures after the start period.
+    starts = startup["periodSeconds"] * startup["failureThreshold"]
+    assert starts == check["start-period"] + 3 * check["interval"]
     assert startup["timeoutSeconds"] == readiness["timeoutSeconds"] == int(timeout)
     assert readiness["periodSeconds"] * readiness["failureThreshold"] < IN_POD.shutdown_delay
     assert liveness == {"tcpSocket": {"port": "http"}}
@@ -125,7 +134,7 @@ def health():
 """
 
 # Debian's haproxy on the base image, started as the official image `haproxy` starts it.
-HAPROXY = """
+HAPROXY_DOCKERFILE = """
 FROM {base}
 RUN apt-get update && apt-get install --yes --no-install-recommends haproxy
 USER haproxy
@@ -206,7 +215,7 @@ class Stack:
         """Build the images and deploy the first."""
         self.project, self.service, self.port = project, f"{project.name}_web", free_port("127.0.0.1")
         edit(project.folder / "deploy/compose.haproxy.yaml", "published: 80,", f"published: {self.port},")
-        project.write({"haproxy/Dockerfile": HAPROXY.format(base=project.environ["PYTHON_IMAGE"])})
+        project.write({"haproxy/Dockerfile": HAPROXY_DOCKERFILE.format(base=project.environ["PYTHON_IMAGE"])})
         project.environ["HAPROXY_IMAGE"] = f"{project.name}:haproxy"
         project.run("docker", "build", "--tag", f"{project.name}:haproxy", "haproxy")
         for version in ("1", "2", "broken"):
