@@ -239,6 +239,11 @@ class Stack:
         """Return the ids of the running replicas' containers."""
         return run("docker", "ps", "--quiet", "--no-trunc", "--filter", f"name={self.service}").stdout.split()
 
+    def answers_slowly(self) -> str | None:
+        """Return the id of a replica that has got a request for /slow."""
+        logs = ((replica, run("docker", "logs", replica).stderr) for replica in self.replicas())
+        return next((replica for replica, log in logs if "a slow request has begun" in log), None)
+
     def until_replicas(self, count: int) -> None:
         """Wait until this many run: the old ones have drained, the new ones have started."""
         wait_until(lambda: len(self.replicas()) == count, 60, f"{count} replicas")
@@ -312,8 +317,8 @@ def test_no_request_is_lost(stack: Stack, subtests: pytest.Subtests) -> None:
     with subtests.test("a replica is stopped while it answers requests that take 5 s"):
         with Load(stack.port) as load, ThreadPoolExecutor() as pool:
             slow = [pool.submit(get, f"http://127.0.0.1:{stack.port}/slow") for _ in range(6)]
-            stopped = stack.replicas()[0]
-            wait_until(lambda: "a slow request has begun" in run("docker", "logs", stopped).stderr, 5, "a slow request")
+            # haproxy may not know the newest replica yet, so any that has such a request.
+            stopped = wait_until(stack.answers_slowly, 10, "a replica with a slow request")
             run("docker", "stop", "--timeout", "15", stopped)  # the grace period is the swarm's; by hand, it is 10 s
             stack.until_replicas(3)
             answers = [future.result() for future in slow]
