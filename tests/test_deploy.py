@@ -239,7 +239,7 @@ class Stack:
         """Return the ids of the running replicas' containers."""
         return run("docker", "ps", "--quiet", "--no-trunc", "--filter", f"name={self.service}").stdout.split()
 
-    def answers_slowly(self) -> str | None:
+    def slow_replica(self) -> str | None:
         """Return the id of a replica that has got a request for /slow."""
         logs = ((replica, run("docker", "logs", replica).stderr) for replica in self.replicas())
         return next((replica for replica, log in logs if "a slow request has begun" in log), None)
@@ -318,7 +318,7 @@ def test_no_request_is_lost(stack: Stack, subtests: pytest.Subtests) -> None:
         with Load(stack.port) as load, ThreadPoolExecutor() as pool:
             slow = [pool.submit(get, f"http://127.0.0.1:{stack.port}/slow") for _ in range(6)]
             # haproxy may not know the newest replica yet, so any that has such a request.
-            stopped = wait_until(stack.answers_slowly, 10, "a replica with a slow request")
+            stopped = wait_until(stack.slow_replica, 10, "a replica with a slow request")
             run("docker", "stop", "--timeout", "15", stopped)  # the grace period is the swarm's; by hand, it is 10 s
             stack.until_replicas(3)
             answers = [future.result() for future in slow]
@@ -329,8 +329,10 @@ def test_no_request_is_lost(stack: Stack, subtests: pytest.Subtests) -> None:
 
     with subtests.test("a replica is killed: only the requests that it was answering are lost"):
         with Load(stack.port) as load:
-            run("docker", "kill", stack.replicas()[0])
+            replica = stack.replicas()[0]
+            run("docker", "kill", replica)
             killed = time.monotonic()
+            run("docker", "wait", replica)  # before the others are counted
             stack.until_replicas(3)
         print(f"lost when a replica was killed: {len(load.failures)} of {len(load.answers) + len(load.failures)}")
         assert all(sent < killed for sent, _ in load.failures)

@@ -1,4 +1,4 @@
-"""Slow, stalled and numerous clients: timeouts, limits, memory, and that they do not hold up others."""
+"""Clients that are slow, stalled or many: timeouts, limits and memory. They do not hold up other clients."""
 
 import contextlib
 import os
