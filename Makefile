@@ -61,14 +61,15 @@ wheels:    ## download the locked wheels, to build without a network
 reproduce: ## build twice without cache and compare digests
 	scripts/reproduce
 
-bench:     ## compare image and server with alternatives; takes minutes, needs wrk and slowhttptest
-	python3 bench/container.py
-	python3 bench/service.py
+bench: .venv-bench/ready ## compare with what people use instead, in 45 minutes; QUICK=1: a first look, in three
+	.venv-bench/bin/python -m bench $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 # ---- virtual environments, rebuilt when a lock changes -------------------------------------------------------------
 .venv/ready: requirements.txt requirements-dev.txt
 # For scripts/without-docker.
 .venv-runtime/ready: requirements.txt
+# For bench/.
+.venv-bench/ready: requirements-dev.txt bench/requirements.txt
 %/ready:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is too old: needs 3.11 or later")'
 	python3 -m venv --clear $*

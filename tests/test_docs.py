@@ -4,8 +4,10 @@ In the output, `[...]` stands for anything. A command may fail if `echo $?` foll
 `<!-- not run: REASON -->`, leaves it out.
 """
 
+import json
 import pathlib
 import re
+import statistics
 from collections.abc import Iterator
 
 import pytest
@@ -92,3 +94,39 @@ def test_commands(page: pathlib.Path, project: Project, names: dict[str, str]) -
             may_fail = block[number + 1 : number + 2] == [("echo $?", f"{status}\n")]
             good = matches and (status == "0" or may_fail)
             assert good, f"$ {command}\n{output}\nexit status {status}; the page shows:\n{shown}"
+
+
+RESULTS = ROOT / "bench/results.json"
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="there is no bench/")
+def test_figures() -> None:
+    """README.md, docs/minimal.md and docs/comparison.md have the figures of bench/results.json."""
+    from bench.report import page
+
+    results = json.loads(RESULTS.read_text())
+    figures = {title: values for measure in results.values() for title, values in measure["figures"].items()}
+
+    def of(title: str, contestant: str) -> str:
+        return f"{statistics.median(figures[title][contestant]):.2g}"
+
+    def others(title: str, unit: str, *names: str) -> str:
+        return ", ".join(f"{name}: {of(title, name)}{unit}" for name in names)
+
+    size, added = "compressed, MB", "compressed, added to the base image, MB"
+    start, seconds = "`docker run` to the first response, s", " s"
+    cut, slow = (
+        "of 48 clients, cut off by a stop",
+        "of 20 requests, answered within 1 s beside 3,000 clients with slow headers",
+    )
+    phrases = [
+        f"{of(added, 'runtime')} MB over the base image, compressed; the usual two stages: {of(added, 'waitress')} MB",
+        f"{of(start, 'runtime')} s from `docker run` to the first response. "
+        f"{others(start, seconds, 'waitress', 'gunicorn', 'granian')}",
+        f"of 48 clients under load, {of(cut, 'runtime')} cut off. {others(cut, '', 'gunicorn', 'uWSGI', 'granian')}",
+        f"{of(slow, 'runtime')} of 20 requests answered within 1 s. {others(slow, '', 'gunicorn', 'uWSGI', 'granian')}",
+        f"{of(size, 'minimal')} MB in all",
+    ]
+    texts = " ".join((ROOT / "README.md").read_text().split() + (ROOT / "docs/minimal.md").read_text().split())
+    assert [phrase for phrase in phrases if phrase not in texts] == []
+    assert (ROOT / "docs/comparison.md").read_text() == page(results)
