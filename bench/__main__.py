@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,15 +42,19 @@ def main() -> None:
         return
     if missing := [tool for tool in ("docker", "h2load", "slowhttptest") if not shutil.which(tool)]:
         sys.exit(f"bench: needs {', '.join(missing)} (on Debian: apt-get install nghttp2-client slowhttptest)")
-    if not {0, 1} <= os.sched_getaffinity(0):
-        sys.exit("bench: needs two CPUs, 0 and 1")
+    if sys.platform != "linux" or not {0, 1} <= os.sched_getaffinity(0):
+        sys.exit("bench: needs Linux with two CPUs, 0 and 1")
     os.sched_setaffinity(0, {0, 1})
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # 3,000 slow clients need more than the usual 1,024
-    for number in (signal.SIGINT, signal.SIGTERM):
+    if files < 4096:  # for 3,000 slow clients
+        sys.exit(f"bench: the limit of open files is {files} (`ulimit -Hn`), must be 4096 or more")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
         measure(options, results)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"bench: `{' '.join(error.cmd)}` failed:\n{error.stderr}")
     except KeyboardInterrupt:
         sys.exit("bench: interrupted; its containers and images are removed, the build cache is Docker's")
 
@@ -78,6 +83,9 @@ def measure(options: argparse.Namespace, results: dict) -> None:
             results = {each: results[each] for each in MEASURES if each in results}
             RESULTS.write_text(json.dumps(results).replace("}, ", "},\n") + "\n")  # a line for each figure
             write(results)
+            print(
+                "bench: wrote docs/comparison.md; now update the figures that tests/test_docs.py compares", flush=True
+            )
 
 
 def environment() -> dict[str, str]:

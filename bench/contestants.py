@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -121,14 +122,19 @@ def workspace(temporary: str) -> Iterator[pathlib.Path]:
     try:
         yield folder
     finally:
+        print("bench: removing its containers and images", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(1)  # the engine may still be creating a container for a command that was interrupted
         for kind, listing in (("container", ("ps", "--all")), ("image", ("image", "ls"))):
             for left in set(run("docker", *listing, f"--filter=label={NAME}", "--quiet").split()):
                 run("docker", kind, "rm", "--force", left, check=False)
 
 
 def run(*command: object, **options: object) -> str:
-    """Run a command and return its output; raises CalledProcessError."""
+    """Run a command, which Ctrl-C does not reach, and return its output; raises CalledProcessError."""
     options = {"check": True, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options["start_new_session"] = True
     return subprocess.run([str(part) for part in command], **options).stdout
 
 

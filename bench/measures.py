@@ -129,7 +129,7 @@ def memory(container: str) -> float:
 
 def life(contestants: Contestants, workspace: pathlib.Path, runs: int) -> Values:
     """Start, memory and stop of a container."""
-    for _ in range(2 * runs):
+    for _ in range(2 * runs if runs > 1 else 1):
         start = time.perf_counter()
         with BARE_SERVER.container(*COMPOSE):
             bare = time.perf_counter() - start
@@ -213,8 +213,8 @@ def load(connections: int, count: int, address: str) -> tuple[float, float, floa
 def speed(contestants: Contestants, workspace: pathlib.Path, runs: int) -> Values:
     """Requests per second and their time.
 
-    Quota: `--cpus=1` on two CPUs, shared with h2load. A CPU of its own: `--cpuset-cpus=0`, h2load on the other one. All
-    containers run, but only one is asked at a time.
+    Quota: `--cpus=1` on two CPUs, shared with h2load. A CPU of its own: `--cpuset-cpus=0`, no limit of memory, h2load
+    on the other one. All containers run, but only one is asked at a time.
     """
     setups = {
         "quota of one CPU": (["--cpuset-cpus=0,1", *COMPOSE], {0, 1}),
@@ -228,7 +228,7 @@ def speed(contestants: Contestants, workspace: pathlib.Path, runs: int) -> Value
             os.sched_setaffinity(0, cpus)  # of h2load
             rates = {name: load(16, 1600, address)[0] for name, address in addresses.items()}
             # Twice as many, but short: a server's speed depends on which CPUs its threads happen to run on.
-            for connections, _, name in itertools.product(counts, range(2 * runs), contestants):
+            for connections, _, name in itertools.product(counts, range(2 * runs if runs > 1 else 1), contestants):
                 each = max(10, round(rates[name] / connections))  # about a second
                 found = load(connections, each * connections, addresses[name])
                 for title, value in zip(("requests/s", "median time, ms", "99th percentile, ms"), found, strict=True):
@@ -262,7 +262,7 @@ def slow(contestants: Contestants, workspace: pathlib.Path, runs: int) -> Values
             with subprocess.Popen(["slowhttptest", *map(str, options)], stdout=subprocess.PIPE, text=True) as attack:
                 time.sleep(count / 1000 + 1)  # until all are connected
                 quick = list(pool.map(partial(is_quick, address), [number / 5 for number in range(20)]))
-                attack.send_signal(signal.SIGINT)  # which prints its state
+                attack.send_signal(signal.SIGINT)  # SIGTERM would lose what it has printed
                 connected = int(re.findall(r"connected:\D*1;32m +(\d+)", attack.stdout.read())[-1])
         beside = f"{count:,} clients with slow {what}"
         yield f"of 20 requests, answered within 1 s beside {beside}", name, sum(quick)
@@ -302,7 +302,7 @@ def http(contestants: Contestants, workspace: pathlib.Path, runs: int) -> Values
         if not name.startswith(NOT_COMPARED) and not {413, 431} & set(expected)
     }
     for name, each in contestants.items():
-        with each.container(READS_ALL) as (_, address), ThreadPoolExecutor(4) as pool:
+        with each.container(*COMPOSE, READS_ALL) as (_, address), ThreadPoolExecutor(4) as pool:
             found = pool.map(partial(answers, address), *zip(*requests.values(), strict=True))
             yield f"right, of {len(requests)} requests", name, sum(found)
 

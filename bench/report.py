@@ -33,12 +33,14 @@ HEAD = """<!-- Written by `make bench`. -->
 # Compared with what people use instead
 
 `make bench` measures all of this and writes this page. All images have the same base image, the same application and
-the versions of requirements.txt. Containers have a quota of one CPU and 256 MB, unless a row says otherwise.
+the versions of requirements.txt. Containers have a quota of one CPU and 256 MB, unless a section says otherwise.
 
-A number is the median of the runs (smallest to largest, if they differ). **Bold**: nobody has only better runs. Where
-others are ahead of one of ours, the last column refers to the reason. Compare ratios: other machines have other
-numbers. This was {machines}. The same computation, before and after each measure, took {quickest:.2f} to
-{slowest:.2f} s: so much did the speed of the machine itself vary.
+A number is the median of three runs, of six for start, memory and speed (smallest to largest, if they differ). What is
+in an image, and unusual requests, are counted once. **Bold**: as good as the best, within the spread of the runs. Where
+others are ahead of one of ours, the last column refers to the reason. An empty cell: it has none.
+
+Compare ratios: other machines have other numbers. This was {machines}. Below each table is how long the same
+computation took before and after it: so much did the speed of the machine itself vary.
 
 - `runtime` and `minimal` are ours. They log each request, as do uWSGI and the tutorial, but not the others.
   `runtime, no log` has `ACCESS_LOG=0`.
@@ -68,9 +70,10 @@ def number(value: float) -> str:
 
 
 def is_better(title: str, one: list[float], other: list[float]) -> bool:
-    """Return whether all values of one are better than the median of the other."""
-    median = statistics.median(other)
-    return min(one) > median if title.startswith(HIGHER) else max(one) < median
+    """Return whether all values of one are better than the median of the other, or its median than all of those."""
+    if title.startswith(HIGHER):
+        return is_better("", [-value for value in one], [-value for value in other])
+    return max(one) < statistics.median(other) or statistics.median(one) < min(other)
 
 
 def table(measure: str, figures: dict[str, dict[str, list[float]]]) -> str:
@@ -99,8 +102,6 @@ def page(results: dict) -> str:
     parts = [
         HEAD.format(
             machines="; and ".join(machines),
-            quickest=min(run["noise"][0] for run in runs),
-            slowest=max(run["noise"][1] for run in runs),
             versions=", ".join(SERVER_PINS.values()).replace("==", " "),
             tuned=TUNED,
         )
@@ -109,7 +110,8 @@ def page(results: dict) -> str:
         heading, _, explanation = MEASURES[measure].__doc__.partition("\n")
         parts.append(f"## {heading.removesuffix('.')}\n")
         parts += [" ".join(explanation.split()) + "\n"] if explanation.strip() else []
-        parts.append(table(measure, result["figures"]).rstrip() + "\n")
+        noise = "Noise: {:.2f} to {:.2f} s\n".format(*result["run"]["noise"])
+        parts += [table(measure, result["figures"]).rstrip() + "\n", noise]
     return "\n".join(parts)
 
 
@@ -121,12 +123,12 @@ def write(results: dict) -> None:
 
 # The charts, by the beginning of a figure's title.
 CHARTS = {
-    "compressed, added": "MB added to the base image (less is better)",
+    "compressed, added": "MB added to the base image, compressed (less is better)",
     "rebuild after an edit": "Seconds to rebuild after an edit (less is better)",
     "`docker run` to the first": "Seconds from `docker run` to a response (less is better)",
-    "requests/s: quota of one CPU, 64": "Requests/s, 64 connections (more is better)",
+    "requests/s: quota of one CPU, 64": "Requests/s, 64 connections, one CPU (more is better)",
     "of 48 clients": "Of 48 clients, cut off by a stop (less is better)",
-    "of 20 requests, answered within 1 s beside 3": "Of 20, answered beside slow clients (more is better)",
+    "of 20 requests, answered within 1 s beside 3": "Of 20, answered beside 3,000 slow (more is better)",
 }
 
 
@@ -134,7 +136,7 @@ def plot(figures: dict[str, dict[str, list[float]]]) -> None:
     """Draw a bar chart for each of CHARTS that was measured, in colors that can be read on white and on black."""
     import matplotlib as mpl
 
-    gray = "#808080"
+    gray = "#767676"
     mpl.use("svg")
     mpl.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 10, "ytick.color": gray})
     mpl.rcParams.update({"text.color": gray, "axes.edgecolor": gray, "axes.titlecolor": gray, "ytick.left": False})
@@ -148,8 +150,8 @@ def plot(figures: dict[str, dict[str, list[float]]]) -> None:
         names = [name for name in reversed(CONTESTANTS) if name in values and name != "runtime, no log"]
         medians = [statistics.median(values[name]) for name in names]
         bars = axis.barh(names, medians, color=["#3b82f6" if name in OURS else "#9ca3af" for name in names])
-        axis.bar_label(bars, [f" {number(median)}" for median in medians])
-        axis.set_title(heading, loc="left", fontsize=10)
+        axis.bar_label(bars, [number(median) for median in medians], padding=3)
+        axis.set_title(heading, loc="left", fontsize=9)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
         axis.margins(x=0.2)
     figure.savefig(ROOT / "docs/comparison.svg", transparent=True, metadata={"Date": None})

@@ -120,11 +120,13 @@ def test_figures() -> None:
         "of 20 requests, answered within 1 s beside 3,000 clients with slow headers",
     )
     phrases = [
-        f"{of(added, 'runtime')} MB over the base image, compressed; the usual two stages: {of(added, 'waitress')} MB",
+        f"{of(added, 'runtime')} MB over the base image, compressed; "
+        f"the usual two stages: {of(added, 'waitress')} MB |",
         f"{of(start, 'runtime')} s from `docker run` to the first response. "
-        f"{others(start, seconds, 'waitress', 'gunicorn', 'granian')}",
-        f"of 48 clients under load, {of(cut, 'runtime')} cut off. {others(cut, '', 'gunicorn', 'uWSGI', 'granian')}",
-        f"{of(slow, 'runtime')} of 20 requests answered within 1 s. {others(slow, '', 'gunicorn', 'uWSGI', 'granian')}",
+        f"{others(start, seconds, 'waitress', 'gunicorn', 'granian')} |",
+        f"of 48 clients under load, {of(cut, 'runtime')} cut off. {others(cut, '', 'gunicorn', 'uWSGI', 'granian')} |",
+        f"{of(slow, 'runtime')} of 20 requests answered within 1 s. "
+        f"{others(slow, '', 'gunicorn', 'uWSGI', 'granian')} |",
         f"{of(size, 'minimal')} MB in all",
     ]
     texts = " ".join((ROOT / "README.md").read_text().split() + (ROOT / "docs/minimal.md").read_text().split())
