@@ -61,7 +61,7 @@ wheels:    ## download the locked wheels, to build without a network
 reproduce: ## build twice without cache and compare digests
 	scripts/reproduce
 
-bench: .venv-bench/ready ## compare with what people use instead, in 45 minutes; QUICK=1: a first look, in three
+bench: .venv-bench/ready ## compare with what people use instead, in about 45 minutes; QUICK=1: a first look, in three
 	.venv-bench/bin/python -m bench $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 # ---- virtual environments, rebuilt when a lock changes -------------------------------------------------------------

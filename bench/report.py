@@ -128,7 +128,7 @@ CHARTS = {
     "`docker run` to the first": "Seconds from `docker run` to a response (less is better)",
     "requests/s: quota of one CPU, 64": "Requests/s, 64 connections, one CPU (more is better)",
     "of 48 clients": "Of 48 clients, cut off by a stop (less is better)",
-    "of 20 requests, answered within 1 s beside 3": "Of 20, answered beside 3,000 slow (more is better)",
+    "of 20 requests, answered within 1 s beside 3": "Of 20, answered beside slow clients (more is better)",
 }
 
 

@@ -159,7 +159,7 @@ def test_health(start: Callable) -> None:
 
 
 def test_data_outlive_the_container(project: Project) -> None:
-    """Data survive kill, down and a new image; only 127.0.0.1 has the port; only /data and /tmp are writable."""
+    """The data survive kill, down and a new image; only 127.0.0.1 has the port; only /data and /tmp are writable."""
     project.environ["COMPOSE_FILE"] = "examples/degrees/compose.yaml"
     project.compose("up", "--build", "--wait")
     url = project.url("degrees") + "/degrees"
